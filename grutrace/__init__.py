@@ -47,6 +47,7 @@ from grutrace.errors import (
     TraceFileError,
     UnsupportedError,
 )
+from grutrace.view.live.serve import view
 
 if TYPE_CHECKING:
     from grutrace.capture.differentiable.trace import DifferentiableTrace
@@ -81,6 +82,7 @@ __all__ = [
     "open",
     "report",
     "trace",
+    "view",
 ]
 
 #: Module and name of the objects that are imported when first used, so that reading a trace does

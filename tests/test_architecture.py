@@ -135,13 +135,13 @@ ALLOWED = {
         ),
         *("statistics", "analysis/engine", "analysis/registry", "analysis/verification"),
         *("analysis/descriptive", "analysis/comparison", "export", "run"),
-        *("view/plot_specs", "view/picture_files", "view/report"),
+        *("view/plot_specs", "view/picture_files", "view/report", "view/live"),
     },
     "__main__": {"cli"},
     "__init__": {
         *("storage/read", "storage/open", "statistics"),
         *("capture/differentiable", "capture/tracer", "intervention", "conversion"),
-        "view/report",
+        *("view/live", "view/report"),
     },
 }
 
@@ -281,7 +281,7 @@ def test_writing_and_reading_share_only_the_format_and_hdf5() -> None:
         ("cli", "import zarr"),
         ("storage/read", "from grutrace.view import site_plots"),
         ("analysis/labels", "import matplotlib"),
-        ("storage/read", "from grutrace.view.live import window"),
+        ("storage/read", "from grutrace.view.live.engine import window"),
         ("cli", "import bokeh"),
         ("distributed", "import torch.distributed"),
         ("distributed", "from grutrace.records import Header"),

@@ -11,7 +11,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-steps=(memory uncompiled soak hostile literature benchmark frameworks)
+steps=(memory uncompiled soak hostile literature benchmark frameworks browser)
 
 # Tests with freed memory overwritten: a tensor or array that outlives its buffer has wrong values.
 step_memory() {
@@ -27,6 +27,12 @@ step_uncompiled() {
 # Conversions of weights against the other libraries themselves.
 step_frameworks() {
     pip install --quiet -e ".[test,frameworks]" && GRUTRACE_REQUIRE_PACKAGES=1 python -m pytest -q tests/conversion
+}
+
+# A browser clicks through the live view: chromium, which is not a package of pip, must be installed.
+step_browser() {
+    pip install --quiet -c constraints.txt -e ".[test,browser]" &&
+        GRUTRACE_REQUIRE_PACKAGES=1 python -m pytest -q tests/view/live
 }
 
 # Killed processes, failing disks, power loss, and readers of growing files.

@@ -16,7 +16,8 @@ from grutrace.cli.diff import diff
 from grutrace.cli.info import info
 from grutrace.cli.merge import merge
 from grutrace.cli.output import echo
-from grutrace.cli.plot import plot, report
+from grutrace.cli.pictures.plot import plot, report
+from grutrace.cli.pictures.view import view
 from grutrace.cli.recover import recover
 from grutrace.cli.run import run
 from grutrace.cli.stats import stats
@@ -62,6 +63,7 @@ app.command()(info)
 app.command()(stats)
 app.command()(plot)
 app.command()(report)
+app.command()(view)
 app.command()(verify)
 app.command()(diff)
 app.command()(derive)

@@ -91,7 +91,7 @@ def test_every_kind_is_drawn(kind, tmp_path, monkeypatch) -> None:
 def test_a_selection_is_drawn(path, tmp_path, monkeypatch) -> None:
     drawn = []
     monkeypatch.setattr(
-        "grutrace.cli.plot.save_plot", lambda site, *args: drawn.append((len(site), *args))
+        "grutrace.cli.pictures.plot.save_plot", lambda site, *args: drawn.append((len(site), *args))
     )
     command = ["plot", str(path), "lines", "--tokens", "^ t1", "-o", "a.png"]
     assert main([*command, "--sequence", "1"]) == 0

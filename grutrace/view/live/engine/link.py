@@ -6,12 +6,12 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 from urllib.parse import urlencode
 
 from grutrace.errors import OptionError, require_one_of, short_repr
-from grutrace.view.live.window import STATISTICS
+from grutrace.view.live.engine.window import STATISTICS
 
 #: Orders of the units.
 ORDERS = ("number", "mean", "similarity")
@@ -48,8 +48,10 @@ class Link:
         mark: The marked steps.
         on: Threshold above which a unit is on: ``>0.5``; or below which: ``<-0.5``.
         around: Numbers of steps before and after the mark at which a unit is off.
+        chosen: The chosen units, if they are others than those that are on in the mark.
         least: Number of units that are on at every step of a match.
         follow: Whether the page follows a growing file.
+        search: Whether matches are searched.
 
     Examples:
         >>> link = Link(site="l0", mark=Steps(3, 5, 3, 9), on=(0.5, True))
@@ -71,9 +73,10 @@ class Link:
     mark: Steps | None = None
     on: tuple[float, bool] | None = None
     around: tuple[int, int] | None = None
+    chosen: tuple[int, ...] | None = None
     least: int | None = None
     follow: bool | None = None
-    search: bool | None = field(default=None)
+    search: bool | None = None
 
     def query(self) -> str:
         """Return the query string, without the question mark."""
@@ -162,6 +165,14 @@ def _parse_flag(name: str, text: str) -> bool:
     return text == "1"
 
 
+def _parse_list(name: str, text: str) -> tuple[int, ...]:
+    return tuple(_parse_number(name, number) for number in text.split(",")) if text else ()
+
+
+def _list_text(numbers: tuple[int, ...]) -> str:
+    return ",".join(map(str, numbers))
+
+
 def _flag_text(value: bool) -> str:
     return str(int(value))
 
@@ -196,6 +207,7 @@ _PARTS = {
     "mark": _STEPS,
     "on": _Part(_on_text, _parse_on),
     "around": _PAIR,
+    "chosen": _Part(_list_text, _parse_list),
     "least": _Part(str, _parse_number),
     "follow": _FLAG,
     "search": _FLAG,

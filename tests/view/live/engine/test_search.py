@@ -10,10 +10,10 @@ import pytest
 
 import grutrace
 from grutrace.errors import NotRecordedError, OptionError
-from grutrace.view.live import search as search_module
-from grutrace.view.live.search import Match, Search
-from grutrace.view.live.step_axis import step_axis
-from grutrace.view.live.stretches import Condition, Stretch, units_on
+from grutrace.view.live.engine import search as search_module
+from grutrace.view.live.engine.search import Match, Search
+from grutrace.view.live.engine.step_axis import step_axis
+from grutrace.view.live.engine.stretches import Condition, Stretch, units_on
 from tests.view.live.planted import ROUND, SQUARE, record_brackets, stepwise_trace
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 import grutrace
 from grutrace import OptionError, TraceFileError
-from grutrace.view.live.runs import find_runs, open_error
+from grutrace.view.live.engine.runs import find_runs, open_error
 
 
 def record(path: Path, **options: object) -> None:

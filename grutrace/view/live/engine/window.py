@@ -12,7 +12,7 @@ from grutrace.records import Array
 from grutrace.storage.interfaces import Rows
 from grutrace.storage.read.lazy_rows import item_bytes, items_per_block
 from grutrace.storage.read.sequence_index import Integers
-from grutrace.view.live.step_axis import StepAxis
+from grutrace.view.live.engine.step_axis import StepAxis
 
 Statistic = Literal["mean", "min", "max"]
 STATISTICS: tuple[Statistic, ...] = get_args(Statistic)
@@ -55,8 +55,8 @@ class Window:
     Examples:
         >>> import torch
         >>> import grutrace
-        >>> from grutrace.view.live.step_axis import step_axis
-        >>> from grutrace.view.live.window import Span, Window
+        >>> from grutrace.view.live.engine.step_axis import step_axis
+        >>> from grutrace.view.live.engine.window import Span, Window
         >>> gru = torch.nn.GRU(2, 3)
         >>> with grutrace.trace(gru) as trace:
         ...     output, state = gru(torch.randn(5, 4, 2))  # 20 steps

@@ -12,8 +12,8 @@ from grutrace.errors import OptionError
 from grutrace.records import Array
 from grutrace.storage.interfaces import Rows
 from grutrace.storage.read.lazy_rows import item_bytes, items_per_block
-from grutrace.view.live.step_axis import StepAxis
-from grutrace.view.live.stretches import Condition, Stretch
+from grutrace.view.live.engine.step_axis import StepAxis
+from grutrace.view.live.engine.stretches import Condition, Stretch
 
 #: Bytes of rows that are read at once.
 BLOCK = 1024 * 1024
@@ -82,9 +82,9 @@ class Search:
     Examples:
         >>> import torch
         >>> import grutrace
-        >>> from grutrace.view.live.search import Search
-        >>> from grutrace.view.live.step_axis import step_axis
-        >>> from grutrace.view.live.stretches import Condition, Stretch
+        >>> from grutrace.view.live.engine.search import Search
+        >>> from grutrace.view.live.engine.step_axis import step_axis
+        >>> from grutrace.view.live.engine.stretches import Condition, Stretch
         >>> gru = torch.nn.GRU(2, 3)
         >>> with grutrace.trace(gru) as trace:
         ...     output, state = gru(torch.randn(5, 4, 2))

@@ -81,10 +81,15 @@ class Runs:
 
     Args:
         runs: The runs, at least one.
+
+    Attributes:
+        rest_until: When work in the background may go on, on the clock of `time.perf_counter`. The
+            pages share it, so that their work together leaves time for answers.
     """
 
     def __init__(self, runs: Iterable[Run]) -> None:
         self._by_name = {run.name: run for run in runs}
+        self.rest_until = 0.0
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import grutrace
-from grutrace.view.live.step_axis import step_axis
+from grutrace.view.live.engine.step_axis import step_axis
 from tests.view.live.planted import end_to_end, stepwise_trace
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import grutrace
 from grutrace.errors import NotRecordedError
-from grutrace.view.live.site_view import SiteView, first_quantity, value_text
+from grutrace.view.live.engine.site_view import SiteView, first_quantity, value_text
 from tests.view.live.planted import depths, record_brackets
 
 

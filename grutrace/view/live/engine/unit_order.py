@@ -9,8 +9,8 @@ from grutrace.records import Array
 from grutrace.storage.interfaces import Rows
 from grutrace.storage.read.lazy_rows import item_bytes, items_per_block
 from grutrace.storage.read.sequence_index import Integers
-from grutrace.view.live.link import ORDERS
-from grutrace.view.live.step_axis import StepAxis
+from grutrace.view.live.engine.link import ORDERS
+from grutrace.view.live.engine.step_axis import StepAxis
 
 #: Number of places of the file, and bytes of rows at each, from which an order is computed.
 SAMPLES, SAMPLE_BYTES = 32, 128 * 1024

@@ -13,8 +13,10 @@ from grutrace.storage.interfaces import Rows
 from grutrace.storage.read.sequence_index import Integers
 from grutrace.storage.read.site import SiteTrace
 from grutrace.storage.read.trace import Trace
-from grutrace.view.live.step_axis import StepAxis, step_axis
-from grutrace.view.live.unit_order import unit_order
+from grutrace.view.live.engine.link import Steps
+from grutrace.view.live.engine.selection_text import selected_sequences
+from grutrace.view.live.engine.step_axis import StepAxis, step_axis
+from grutrace.view.live.engine.unit_order import unit_order
 
 #: Longest text of a token or label in a picture. Characters.
 MAX_TEXT = 16
@@ -52,6 +54,7 @@ class SiteView:
         site: Name of the site.
         quantity: Name of the quantity.
         order: Order of the units; see `unit_order`.
+        select: Which sequences are on the axis; see `parse_selection`.
 
     Attributes:
         site: The site, as of now.
@@ -61,14 +64,17 @@ class SiteView:
         order: (U,) the units from bottom to top; None by number.
 
     Raises:
-        NotRecordedError: The site or the quantity was not recorded.
+        OptionError: The order or the selection is invalid.
+        NotRecordedError: The site or the quantity was not recorded, or no sequence is selected.
     """
 
-    def __init__(self, trace: Trace, site: str, quantity: str, order: str = "number") -> None:
+    def __init__(
+        self, trace: Trace, site: str, quantity: str, order: str = "number", select: str = ""
+    ) -> None:
         self.site: SiteTrace = trace[site].frozen()
         self.quantity = quantity
         self.rows: Rows = self.site.rows(quantity)
-        self.axis: StepAxis = step_axis(self.site)
+        self.axis: StepAxis = step_axis(self.site, selected_sequences(self.site, select))
         self.order: Integers | None = unit_order(self.rows, self.axis, order)
 
     @property
@@ -82,9 +88,42 @@ class SiteView:
 
     def unit_name(self, place: int) -> int:
         """Return the number of the unit at a place: its number in the layer."""
-        unit = self.unit(place)
+        return self.name_of(self.unit(place))
+
+    def name_of(self, unit: int) -> int:
+        """Return the number in the layer of a unit, which is given as a column of the rows."""
         recorded = self.site.units
         return unit if recorded is None or self.quantity == "input" else recorded[unit]
+
+    def steps(self, start: int, stop: int) -> Steps:
+        """Return positions as steps of sequences, cut to the axis, which is not empty."""
+        last = len(self.axis) - 1
+        first_step = self.axis.locate(min(max(0, start), last))
+        last_step = self.axis.locate(min(max(0, stop - 1), last))
+        return Steps(*first_step, last_step[0], last_step[1] + 1)
+
+    def positions(self, steps: Steps) -> tuple[int, int] | None:
+        """Return the first position of steps, and their last + 1; None if the axis lacks them."""
+        start = self.axis.position(steps.first_sequence, steps.start)
+        last = self.axis.position(steps.last_sequence, steps.stop - 1)
+        return None if start is None or last is None else (start, last + 1)
+
+    def describe(self, position: int, place: int) -> str:
+        """Return the sequence, step, token, labels, unit and value at a point, as a line of text.
+
+        It is empty outside of the axis of steps, and has no value outside of the units.
+        """
+        if not 0 <= position < len(self.axis):
+            return ""
+        sequence, step = self.axis.locate(position)
+        texts = self.texts(position, position + 1)
+        parts = [f"sequence {sequence}, step {step}"]
+        parts += [f"token {token}" for token in texts.tokens or [] if token]
+        parts += [f"{name} {values[0]}" for name, values in texts.labels.items() if values[0]]
+        if 0 <= place < self.units:
+            value = self.values(position, position + 1, [self.unit(place)])[0, 0]
+            parts += [f"unit {self.unit_name(place)}", f"{self.quantity} {value:.4g}"]
+        return " \N{MIDDLE DOT} ".join(parts)
 
     @cached_property
     def limits(self) -> tuple[float, float]:

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from grutrace.storage.read.lazy_rows import MemoryRows
-from grutrace.view.live import window as window_module
-from grutrace.view.live.step_axis import StepAxis, step_axis
-from grutrace.view.live.window import STATISTICS, Span, Window, _spread
+from grutrace.view.live.engine import window as window_module
+from grutrace.view.live.engine.step_axis import StepAxis, step_axis
+from grutrace.view.live.engine.window import STATISTICS, Span, Window, _spread
 from tests.view.live.planted import end_to_end, stepwise_trace
 
 FUNCTIONS = {"mean": np.nanmean, "min": np.nanmin, "max": np.nanmax}

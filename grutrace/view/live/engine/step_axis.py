@@ -25,7 +25,7 @@ class StepAxis:
     Examples:
         >>> import torch
         >>> import grutrace
-        >>> from grutrace.view.live.step_axis import step_axis
+        >>> from grutrace.view.live.engine.step_axis import step_axis
         >>> gru = torch.nn.GRU(2, 3)
         >>> with grutrace.trace(gru) as trace:
         ...     output, state = gru(torch.randn(5, 4, 2))  # 5 steps, 4 sequences

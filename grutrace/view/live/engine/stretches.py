@@ -16,7 +16,7 @@ from grutrace.records import Array
 from grutrace.storage.interfaces import Rows
 from grutrace.storage.read.lazy_rows import block_slices, item_bytes
 from grutrace.storage.read.sequence_index import Integers
-from grutrace.view.live.step_axis import StepAxis
+from grutrace.view.live.engine.step_axis import StepAxis
 
 #: Bytes of rows that are read at once.
 BLOCK = 4 * 1024 * 1024
@@ -85,8 +85,8 @@ def units_on(
         >>> import numpy as np
         >>> import torch
         >>> import grutrace
-        >>> from grutrace.view.live.step_axis import step_axis
-        >>> from grutrace.view.live.stretches import Condition, Stretch, units_on
+        >>> from grutrace.view.live.engine.step_axis import step_axis
+        >>> from grutrace.view.live.engine.stretches import Condition, Stretch, units_on
         >>> gru = torch.nn.GRU(2, 3)
         >>> with grutrace.trace(gru) as trace:
         ...     output, state = gru(torch.randn(5, 4, 2))

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grutrace.view.live.link import ORDERS, Link, Steps, parse_link
-from grutrace.view.live.window import STATISTICS
+from grutrace.view.live.engine.link import ORDERS, Link, Steps, parse_link
+from grutrace.view.live.engine.window import STATISTICS
 
 NUMBERS = st.integers(0, 10**9 - 1)
 STEPS = st.tuples(NUMBERS, NUMBERS, NUMBERS, NUMBERS).map(
@@ -30,6 +30,7 @@ LINKS = st.builds(
     mark=st.none() | STEPS,
     on=st.none() | st.tuples(st.integers(-99, 99).map(lambda n: n / 100), st.booleans()),
     around=st.none() | st.tuples(NUMBERS, NUMBERS),
+    chosen=st.none() | st.lists(NUMBERS, max_size=4).map(tuple),
     least=st.none() | NUMBERS,
     follow=st.none() | st.booleans(),
     search=st.none() | st.booleans(),
@@ -52,6 +53,7 @@ def test_a_link_is_read_as_it_was_written(link: Link) -> None:
         ("units", "-1-3", "link: units: expected numbers such as 0-64; found '-1-3'"),
         ("units", "\u0661-\u0663", "link: units: expected numbers such as 0-64"),
         ("statistic", "sum", "link: statistic: expected one of mean, min, max; found 'sum'"),
+        ("chosen", "1,x", "link: chosen: expected numbers such as 3; found 'x'"),
         ("follow", "yes", "link: follow: expected one of 0, 1; found 'yes'"),
         ("site", "x" * 501, "link: site: expected at most 500 characters"),
     ],

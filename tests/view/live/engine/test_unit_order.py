@@ -7,9 +7,9 @@ import pytest
 
 from grutrace.errors import OptionError
 from grutrace.storage.read.lazy_rows import MemoryRows
-from grutrace.view.live import unit_order as unit_order_module
-from grutrace.view.live.unit_order import unit_order
-from tests.view.live.test_window import OneSequence
+from grutrace.view.live.engine import unit_order as unit_order_module
+from grutrace.view.live.engine.unit_order import unit_order
+from tests.view.live.engine.test_window import OneSequence
 
 
 def waves(steps: int = 20_000) -> np.ndarray:

@@ -1,0 +1,1 @@
+"""Commands that show traces as pictures and pages."""

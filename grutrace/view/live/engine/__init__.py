@@ -1,0 +1,1 @@
+"""What a live view computes, without bokeh: windows, stretches, searches, links and runs."""
