@@ -86,6 +86,7 @@ OPTIONS: dict[str, Option] = {
     "dtype": Option("Data type in which rows are stored.", None, STORAGE_DTYPES),
     "units": Option("Units to record, as a list of numbers or a slice.", None),
     "steps": Option("Steps of each sequence to record, as a slice.", None),
+    "log": Option("Names of values to log beside the gates, or their numbers by name.", None),
     "shard": Option("Whether to write one file per rank of a distributed run.", True),
     "sink": Option("A grutrace.Statistics that counts rows instead of storing them.", None),
     "on_error": Option(

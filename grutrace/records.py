@@ -9,6 +9,7 @@ call (the steps of all its sequences).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -33,8 +34,20 @@ FORWARD_QUANTITIES = (*DEFAULT_RECORD, "input")
 #: at the final state.
 QUANTITIES = (*FORWARD_QUANTITIES, "gradient")
 
+#: Prefix of the quantity under which values that the user logs are stored.
+LOG_PREFIX = "log."
+
 #: PyTorch's weight names without the layer suffix.
 WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
+
+def is_log_name(name: object) -> bool:
+    """Return whether values can be logged under this name."""
+    return (
+        isinstance(name, str)
+        and re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name) is not None
+        and name not in QUANTITIES
+    )
 
 
 @dataclass(frozen=True)
@@ -55,6 +68,8 @@ class Site:
             order.
         units: Indices of the recorded units, in the order of the columns of gates, hidden and
             initial states; None for all units. The input always has all its columns.
+        logs: Names of the values that the user logs, and how many there are per step. They are
+            stored at the first recorded site of a module, as quantities with `LOG_PREFIX`.
     """
 
     name: str
@@ -65,6 +80,7 @@ class Site:
     quantities: tuple[str, ...]
     derived: tuple[str, ...] = ()
     units: tuple[int, ...] | None = None
+    logs: tuple[tuple[str, int], ...] = ()
 
     @property
     def available_quantities(self) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ BASE = {
     "records": set[str](),
     "options": {"records"},
     "distributed": {"errors"},
+    "annotation_values": {"errors"},
     "accessors": set[str](),
 }
 
@@ -41,10 +42,11 @@ ALLOWED = {
     "storage/save": {
         *("storage/hdf5", "storage/format", "storage/interfaces", "storage/write"),
     },
+    "storage/annotate": {"storage/hdf5", "storage/format", "storage/write"},
     "storage/memory": {"storage/format", "storage/write"},
     "storage/read": {
         *("storage/hdf5", "storage/format", "storage/interfaces"),
-        *("storage/memory", "storage/save"),
+        *("storage/memory", "storage/save", "storage/annotate"),
     },
     "storage/shards": {
         *("storage/hdf5", "storage/format", "storage/interfaces"),
@@ -60,14 +62,14 @@ ALLOWED = {
         *("native", "storage/hdf5", "storage/format", "storage/interfaces"),
         *("storage/write", "storage/read"),
     },
-    "capture/annotation_values": set[str](),
-    "capture/options": {"native"},
+    "capture/logged_values": set[str](),
+    "capture/options": {"native", "capture/logged_values"},
     "capture/kernel_calls": {"gru"},
     "capture/unsupported_grus": set[str](),
     "capture/selection": {"gru", "capture/options", "capture/unsupported_grus"},
     "capture/sequences": set[str](),
     "capture/recording": {
-        *("native", "gru", "capture/options", "capture/annotation_values"),
+        *("native", "gru", "capture/options", "capture/logged_values"),
         *("capture/kernel_calls", "capture/selection", "capture/sequences"),
     },
     "capture/tracer_warnings": {
@@ -86,11 +88,23 @@ ALLOWED = {
         *("capture/selection", "capture/recording"),
     },
     "capture/model_recorder": {
-        *("capture/options", "capture/kernel_calls", "capture/selection", "capture/recording"),
+        *(
+            "capture/logged_values",
+            "capture/options",
+            "capture/kernel_calls",
+            "capture/selection",
+            "capture/recording",
+        ),
         *("capture/tracer_warnings", "capture/attachment", "capture/trace_output"),
     },
     "capture/tracer": {
-        *("storage/read", "storage/open", "capture/options", "capture/selection"),
+        *(
+            "capture/logged_values",
+            "storage/read",
+            "storage/open",
+            "capture/options",
+            "capture/selection",
+        ),
         *("capture/recording", "capture/differentiable"),
         *("capture/trace_output", "capture/model_recorder"),
     },

@@ -39,7 +39,8 @@ absent ['AE1', 'B', 'S', 'AH0', 'N', 'T', '</s>']
     input
     labels: tokens, kind>
 <site decoder.cell: 371 sequences, 3008 steps of reset, update, candidate,
-    hidden, input>
+    hidden, input
+    labels: tokens>
 encoder: 0.30 nearly closed, 0.36 nearly open, 0 units stuck
 decoder: 0.44 nearly closed, 0.28 nearly open, 0 units stuck
 ['30 %', '17 %', '12 %', '9 %', '9 %', '8 %']

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch.amp import GradScaler
 
+from grutrace.capture.logged_values import parse_log
 from grutrace.errors import OptionError, require_one_of, short_repr
 from grutrace.native.library import instruction_set
 from grutrace.options import (
@@ -87,6 +88,7 @@ class Options:
         buffer: int | str = DEFAULT_BUFFER,
         grad_scaler: GradScaler | None = None,
         records_gradient: bool = False,
+        log: Any = None,
     ) -> None:
         require_one_of("compiled", compiled, get_args(CompiledCode))
         self.compiled: CompiledCode = compiled
@@ -98,6 +100,10 @@ class Options:
         if gates == "auto" and records_gradient:
             # Gradients are read long after the call, with the weights: so are gates.
             gates = "deferred"
+        self.log = parse_log(log)
+        if gates == "auto" and self.log:
+            # A call is stored later, with the logged values: nothing is gained in the background.
+            gates = "inline"
         if gates == "auto":
             # Inline if nothing is stored, if a residual must stop the model, or if the copies do
             # not suffice (units). With a file, a thread that computes gates would slow the model
@@ -153,6 +159,8 @@ class Options:
                 f"on the states of all units; found {_format_indices(self.units)}. Record them "
                 "with gates='inline', or all units, and read those wanted: site.update[:, units]"
             )
+        if self.log:
+            self._require_log_options(has_sink=has_sink)
 
     def _require_gradient_options(self, *, has_sink: bool) -> None:
         """Refuse options that do not go together with recorded gradients.
@@ -197,6 +205,25 @@ class Options:
                     f"{instead and f'. {instead}'}"
                 )
 
+    def _require_log_options(self, *, has_sink: bool) -> None:
+        """Refuse options that do not go together with logged values.
+
+        Raises:
+            OptionError: An option has such a value.
+        """
+        waits = "its calls wait for the logged values"
+        reasons = {
+            "gates": (self.gates == "background", waits),
+            "check": (self.check == "raise", waits),
+            "max_calls": (self.max_calls is not None, waits),
+            "max_bytes": (self.max_bytes is not None, waits),
+            "steps": (self.steps is not None, "values are logged for all steps of a call"),
+            "sink": (has_sink, "logged values are rows"),
+        }
+        for name, (is_refused, reason) in reasons.items():
+            if is_refused:
+                raise OptionError(f"{name}: not possible with log: {reason}")
+
     def as_json(self) -> dict[str, object]:
         """Return the options as stored in the trace. Some are left out at their default value."""
         required: dict[str, object] = {
@@ -211,6 +238,7 @@ class Options:
             "dtype": self.dtype,
             "units": None if self.units is None else _format_indices(self.units),
             "steps": None if self.steps is None else _format_indices(self.steps),
+            "log": dict(self.log) or None,
             "fsync": self.fsync or None,
             "compression": self.compression,
             "checksums": self.checksums or None,

@@ -36,7 +36,7 @@ from grutrace.errors import (
 )
 from grutrace.gru.layout import numpy_type
 from grutrace.gru.replay import PartialReplay, required_gates
-from grutrace.records import DEFAULT_RECORD, GATES, QUANTITIES, ModuleInfo, Site
+from grutrace.records import DEFAULT_RECORD, GATES, LOG_PREFIX, QUANTITIES, ModuleInfo, Site
 
 #: Whether the thread that writes may compute gates on a CPU. There it slows the model more than
 #: gates="inline" does (docs/performance.md). Tests of the thread allow it, so they need no device.
@@ -288,7 +288,13 @@ def _apply_to_module(module: ModuleInfo, options: Options) -> ModuleInfo:
             for site in module.sites
         )
         module = replace(module, sites=tuple(sites))
-    return defer_gates(module) if options.gates == "deferred" else module
+    module = defer_gates(module) if options.gates == "deferred" else module
+    if options.log:
+        names = tuple(LOG_PREFIX + name for name, _ in options.log)
+        first, *others = module.sites
+        first = replace(first, quantities=(*first.quantities, *names), logs=options.log)
+        module = replace(module, sites=(first, *others))
+    return module
 
 
 def _unit_indices(

@@ -13,6 +13,7 @@ from torch import nn
 from torch.amp import GradScaler
 
 from grutrace.capture.differentiable.trace import DifferentiableTrace, Keep
+from grutrace.capture.logged_values import LogNames
 from grutrace.capture.model_recorder import ModelRecorder
 from grutrace.capture.options import DTypeLike, Options, Units
 from grutrace.capture.recording.annotations import AnnotationValues
@@ -101,6 +102,8 @@ class Tracer(Trace):
             units.
         steps: Steps of each sequence to record, as a slice. Steps are counted over all calls of the
             sequence. None records all steps.
+        log: Names of values to log beside the gates, or their numbers by name. `Tracer.log` takes
+            them: ``("loss",)`` for one value per step, ``{"loss": 1, "attention": 8}`` for several.
         shard: Whether to write one file per rank of a distributed run. The file of rank 3 is
             ``run.rank0003.h5`` instead of ``run.h5``. True does so if torch.distributed is
             initialized, or torchrun started the process, with more than one process. False never
@@ -171,6 +174,7 @@ class Tracer(Trace):
         dtype: DTypeLike | None = None,
         units: Units | None = None,
         steps: slice | None = None,
+        log: LogNames | None = None,
         shard: ShardOption = True,
         sink: SinkFactory | None = None,
         on_error: OnError = "raise",
@@ -194,6 +198,7 @@ class Tracer(Trace):
             dtype=dtype,
             units=units,
             steps=steps,
+            log=log,
             has_sink=sink is not None,
             to_file=path is not None,
             on_error=on_error,
@@ -303,6 +308,40 @@ class Tracer(Trace):
         with self._recorder.record_block(tag, tokens, labels, sequences) as recording:
             yield recording
 
+    @reject_unknown_options
+    def log(self, name: str, values: Any, *, module: str | None = None) -> None:
+        """Record values beside the gates of the same steps: a loss, a logit, an attention.
+
+        They belong to the latest recorded call of a module, and are stored with it. So log them
+        after the call, before the next call of that module, and before the trace is read or flushed
+        or the recording block ends. A decoder that calls its layer for each step logs each step.
+        Steps without values have NaN.
+
+        Args:
+            name: A name that was declared: ``grutrace.trace(model, log=("loss",))``.
+            values: A tensor or array, (T, B) or (T, B, n), in the layout of the layer: (B, T) or
+                (B, T, n) for one with ``batch_first``; (B,) or (B, n) for a single step. Values
+                beyond the end of a packed sequence are ignored. They are copied, and stored in the
+                type of the rows.
+            module: Path or glob of a module. Without it, the values go to the latest call of every
+                module that has this shape.
+
+        Raises:
+            OptionError: The name was not declared, or no latest call has this shape.
+            StateError: Nothing is being recorded, or the call was stored already.
+
+        Examples:
+            >>> import torch
+            >>> import grutrace
+            >>> gru = torch.nn.GRU(2, 3)
+            >>> with grutrace.trace(gru, log=("loss",)) as trace:
+            ...     output, state = gru(torch.randn(5, 4, 2))
+            ...     trace.log("loss", output.square().sum(-1))     # 5 steps, 4 sequences
+            >>> trace["l0"]["loss"].shape, trace["l0"].sequence(3).rows("loss").shape
+            ((20, 1), (5, 1))
+        """
+        self._recorder.log(name, values, module)
+
     def flush(self) -> None:
         """Wait until every recorded row is in the trace and, with a file, committed to it.
 
@@ -398,6 +437,7 @@ class TracerOptions(TypedDict, total=False):
     dtype: DTypeLike | None
     units: Units | None
     steps: slice | None
+    log: LogNames | None
     shard: ShardOption
     sink: SinkFactory | None
     on_error: OnError

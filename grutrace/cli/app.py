@@ -14,6 +14,7 @@ from grutrace.cli.common import EXIT_ERROR
 from grutrace.cli.convert import derive, export
 from grutrace.cli.diff import diff
 from grutrace.cli.info import info
+from grutrace.cli.labels.annotate import annotate
 from grutrace.cli.merge import merge
 from grutrace.cli.output import echo
 from grutrace.cli.pictures.plot import plot, report
@@ -66,6 +67,7 @@ app.command()(report)
 app.command()(view)
 app.command()(verify)
 app.command()(diff)
+app.command()(annotate)
 app.command()(derive)
 app.command()(export)
 app.command()(merge)

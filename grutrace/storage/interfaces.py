@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from grutrace.records import Array, TraceHeader
+from grutrace.records import AnnotationRecord, Array, TraceHeader
 from grutrace.storage.format.tables import Tables
 
 
@@ -85,6 +86,14 @@ class Source(Protocol):
 
     def close(self) -> None:
         """Close all files. Closing twice has no effect."""
+
+
+@runtime_checkable
+class AnnotatableSource(Source, Protocol):
+    """A source whose sequences can get tokens and labels after they were recorded."""
+
+    def annotate(self, annotations: Sequence[AnnotationRecord]) -> None:
+        """Add annotations. Their sequences are numbered as in the tables of the source."""
 
 
 class AppendOnlySource(Source, SnapshotReader, Protocol):

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from grutrace.records import Array, Collect, Record, TraceHeader
+from grutrace.records import AnnotationRecord, Array, Collect, Record, TraceHeader
 from grutrace.storage.format.schema import (
     TABLES,
     DatasetSpec,
@@ -215,6 +215,11 @@ class MemorySink(_MemorySource):
             self._pending_bytes += record.nbytes
             self._tables = None
 
+    def annotate(self, annotations: Sequence[AnnotationRecord]) -> None:
+        """Add annotations of recorded sequences."""
+        for annotation in annotations:
+            self.append(annotation)
+
     def flush(self) -> None:
         """Do nothing: appended records are readable at once."""
 
@@ -285,8 +290,20 @@ class MemoryCopy(_MemorySource):
         return self._store.nbytes
 
     def refresh(self) -> Tables:
-        """Return the tables, always the same object."""
+        """Return the tables: the same object until the trace is annotated."""
         return self._tables
+
+    def annotate(self, annotations: Sequence[AnnotationRecord]) -> None:
+        """Add annotations."""
+        strings = StringTable(self._tables.texts, len(self._tables.characters))
+        encoder = RecordEncoder(self.header.modules, strings)
+        for annotation in annotations:
+            for path, items in encoder.encode(annotation):
+                self._store.append(path, items)
+        ends, characters = strings.pop_new()
+        self._store.append("strings", ends)
+        self._store.append("characters", characters)
+        self._tables = self._store.tables()
 
     def clear(self) -> None:
         """Delete all records."""

@@ -6,9 +6,9 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from grutrace.errors import OptionError, short_repr
+from grutrace.errors import OptionError, StateError, short_repr
 from grutrace.options import Mode
-from grutrace.records import Sink, TraceHeader
+from grutrace.records import AnnotationRecord, Sink, TraceHeader
 from grutrace.storage.format.tables import Tables
 from grutrace.storage.interfaces import Source
 from grutrace.storage.memory import MemorySink
@@ -142,6 +142,16 @@ class _LiveSource(FileSource):
         self._sink = sink
         self._latest: Tables | None = None
         self._appended = 0
+
+    def annotate(self, annotations: Sequence[AnnotationRecord]) -> None:
+        """Add annotations to the file once the sink is closed."""
+        if not self._sink.ended:
+            raise StateError(
+                f"{self.name} is being recorded: annotate within a recording block "
+                "(`Recording.annotate`), or close the tracer first"
+            )
+        super().annotate(annotations)
+        self._latest = None
 
     def refresh(self) -> Tables:
         appended, ended = self._sink.appended, self._sink.ended

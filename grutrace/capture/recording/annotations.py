@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from grutrace.capture.annotation_values import ParsedValues, Values, parse
+from grutrace.annotation_values import ParsedValues, Values, parse
 from grutrace.capture.sequences.assignment import SequenceAssignment
 from grutrace.errors import GrutraceWarning, OptionError, join_names, short_repr
 from grutrace.gru.residual import ResidualViolation

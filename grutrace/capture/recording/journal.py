@@ -31,6 +31,7 @@ from grutrace.capture.kernel_calls.torch_context import (
     isolated_context,
     isolated_copy_context,
 )
+from grutrace.capture.logged_values import LoggedValues
 from grutrace.capture.recording.annotations import RecordedBatches, recorded_call
 from grutrace.capture.recording.guarded_sink import GuardedSink
 from grutrace.capture.recording.journal_entry import CheckedWeights, JournalEntry
@@ -156,6 +157,9 @@ class Journal:
         self._adding = threading.RLock()
         self._group: SeriesGroup | None = None
         self._streaks = [Streak() for _ in recorders]
+        # By module and thread, what takes the logged values of the last call; None if that call is
+        # not recorded.
+        self._logged: dict[tuple[int, int], LoggedValues | None] = {}
         self._bytes = 0
         self._since = 0.0
         # Whether the journal is being drained outside the model's forward.
@@ -194,7 +198,8 @@ class Journal:
         """
         recorder, kind, now = self._recorders[module], run.device, time.time()
         gradients = self._arriving_gradients(recorder, run)
-        waits = gradients is not None or run.nbytes <= self._largest
+        logged = self._new_logged(module, run)
+        waits = gradients is not None or logged is not None or run.nbytes <= self._largest
         autocast = None
         if torch.is_autocast_enabled(kind):
             autocast = kind, torch.get_autocast_dtype(kind)
@@ -210,6 +215,7 @@ class Journal:
                 if gradients is not None:
                     entry.gradients = gradients
                     entry.nbytes += gradients.nbytes
+                entry.logged = logged
                 with self._adding:
                     self._close_group()
                     self._entries.append((entry, batches))
@@ -218,6 +224,42 @@ class Journal:
         if not (self._can_wait and waits) or self._guarded_sink.sink.has_failed:
             return True
         return self._bytes > self._max_bytes or not 0 <= now - self._since <= MAX_SECONDS
+
+    def _new_logged(self, module: int, run: KernelRun) -> LoggedValues | None:
+        """Return what takes the logged values of a call. The call before it takes no more."""
+        logged = self._recorders[module].logged_values(run)
+        if logged is not None:
+            key = module, threading.get_ident()
+            earlier = self._logged.get(key)
+            if earlier is not None:
+                earlier.stop_waiting()
+            self._logged[key] = logged
+        return logged
+
+    def latest_logged(self, module: int) -> LoggedValues | None:
+        """Return what takes the logged values of this thread's last call of a module.
+
+        None if there is no such call, or if it is not recorded.
+        """
+        return self._logged.get((module, threading.get_ident()))
+
+    def skip_logged(self, module: int) -> None:
+        """Note that this thread's last call of a module is not recorded."""
+        key = module, threading.get_ident()
+        earlier = self._logged.get(key)
+        if earlier is not None:
+            earlier.stop_waiting()
+        self._logged[key] = None
+
+    def end_logging(self) -> None:
+        """Let no more values be logged for the calls so far."""
+        for logged in tuple(self._logged.values()):
+            if logged is not None:
+                logged.stop_waiting()
+
+    def was_called(self, module: int) -> bool:
+        """Return whether this thread has called a module, recorded or not."""
+        return (module, threading.get_ident()) in self._logged
 
     def _arriving_gradients(
         self, recorder: ModuleRecorder, run: KernelRun
@@ -480,6 +522,8 @@ class Journal:
             raise
         if entry.gradients is not None:
             entry.gradients.store()
+        if entry.logged is not None:
+            entry.logged.store()
         if recorded is None:
             return
         if batches is not None:
@@ -494,6 +538,7 @@ class Journal:
             self._close_group()
             self._entries.clear()
             self._bytes = 0
+            self._logged.clear()
         for recorder in self._recorders:
             recorder.reset()
 

@@ -9,6 +9,7 @@ import torch
 
 from grutrace.capture.kernel_calls.arriving_gradients import ArrivingGradients
 from grutrace.capture.kernel_calls.observation import KernelRun
+from grutrace.capture.logged_values import LoggedValues
 from grutrace.capture.recording.site_recorder import Replayed, SiteRecorder
 from grutrace.capture.recording.weight_versions import Version, WeightVersionTracker
 from grutrace.capture.sequences.assignment import Commitment
@@ -47,12 +48,13 @@ class JournalEntry:
         autocast: Device type and data type of autocast; None if autocast was off.
         commitment: Whether the sink has the call.
         gradients: The gradients that arrive at the call; None if they are not recorded.
+        logged: The values that the user logs for the call; None if nothing is logged.
         replays: The calls that are replayed together with this call; None if there are none.
     """
 
     __slots__ = (
         *("autocast", "commitment", "gradients", "is_certain", "is_copied", "module", "names"),
-        "nbytes",
+        *("logged", "nbytes"),
         *("replays", "run", "tag", "time", "version", "versions"),
     )
 
@@ -67,11 +69,14 @@ class JournalEntry:
         self.time = 0.0
         self.autocast: tuple[str, torch.dtype] | None = None
         self.gradients: ArrivingGradients | None = None
+        self.logged: LoggedValues | None = None
         self.replays: ReplayGroup | None = None
 
     @property
     def is_waiting(self) -> bool:
-        """Whether the call waits for a backward pass."""
+        """Whether the call waits for a backward pass, or for logged values."""
+        if self.logged is not None and self.logged.is_waiting:
+            return True
         return self.gradients is not None and self.gradients.is_waiting
 
 

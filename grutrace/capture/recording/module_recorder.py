@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
+from dataclasses import replace
 from functools import partial
 from typing import TypeAlias, cast
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from grutrace.capture.kernel_calls.arriving_gradients import ArrivingGradients
 from grutrace.capture.kernel_calls.observation import KernelRun, Observation
+from grutrace.capture.logged_values import LoggedValues
 from grutrace.capture.options import Options
 from grutrace.capture.recording.annotations import RecordedBatches, RecordedCall, set_labels
 from grutrace.capture.recording.background import PendingCall, PendingSeries
@@ -129,6 +131,7 @@ class ModuleRecorder:
         self.grad_scaler = options.grad_scaler
         self.joins_series = (
             not self.records_gradients
+            and not options.log
             and not (self.description.bidirectional or limits.is_limited)
             and self.description.num_layers == 1
             and self._step_filter is None
@@ -422,10 +425,29 @@ class ModuleRecorder:
         with self._lock:
             self._versions.recheck()
 
+    def logged_values(self, run: KernelRun) -> LoggedValues | None:
+        """Return what takes the values that are logged for a call; None if nothing is logged."""
+        if not self._options.log:
+            return None
+        lengths = run.observation().steps.lengths
+        return LoggedValues(self.description, lengths, is_packed=run.steps is not None)
+
     def _make(
         self, entry: JournalEntry, observation: Observation, assignment: SequenceAssignment
     ) -> CallRecord:
-        """Return the record of a call."""
+        """Return the record of a call, with the values that were logged for it."""
+        block = self._make_block(entry, observation, assignment)
+        if entry.logged is None:
+            return block
+        first = self.description.sites[0].suffix
+        site = block.sites[first]
+        rows = {**site.rows, **entry.logged.rows()}
+        return replace(block, sites={**block.sites, first: replace(site, rows=rows)})
+
+    def _make_block(
+        self, entry: JournalEntry, observation: Observation, assignment: SequenceAssignment
+    ) -> CallRecord:
+        """Return the record of a call, without logged values."""
         if observation.gates_as_set is not None:
             # An intervention set the gates, so the weights do not explain the states.
             sites = self._recorders_of_set_gates()

@@ -14,7 +14,15 @@ from typing import Any
 import h5py
 import numpy as np
 
-from grutrace.records import QUANTITIES, WEIGHTS, ModuleInfo, Site, TraceHeader
+from grutrace.records import (
+    LOG_PREFIX,
+    QUANTITIES,
+    WEIGHTS,
+    ModuleInfo,
+    Site,
+    TraceHeader,
+    is_log_name,
+)
 from grutrace.storage.format.attributes import (
     attribute_path,
     check_version,
@@ -51,6 +59,9 @@ _SITE = {"name": str, "layer": int, "reverse": bool, "input_size": int}
 #: The end of the year 9999, in seconds since the epoch. Later times are refused.
 _MAX_CREATED = 253402300800
 
+#: Largest number of logged values per step.
+_MAX_LOG_WIDTH = 2**31
+
 #: The types that rows and weights may have.
 _FLOATS = ("float16", "float32", "float64")
 
@@ -75,6 +86,8 @@ def write_header(file: h5py.File, header: TraceHeader) -> None:
             _write_attributes(site_group, site, _SITE)
             if site.derived:
                 site_group.attrs["derived"] = ",".join(site.derived)
+            if site.logs:
+                site_group.attrs["logs"] = json.dumps(dict(site.logs))
             if site.units is not None:
                 site_group.attrs["units"] = np.array(site.units, "<i8")
 
@@ -189,7 +202,24 @@ def _read_site(group: h5py.Group, suffix: str, hidden_size: int) -> Site:
     quantities = tuple(quantity for quantity in QUANTITIES if has_member(group, quantity))
     units = _read_units(group, hidden_size)
     derived = _read_derived(group, quantities, units)
-    return Site(**fields, suffix=suffix, quantities=quantities, derived=derived, units=units)
+    logs = _read_logs(group)
+    quantities += tuple(LOG_PREFIX + name for name, _ in logs)
+    return Site(
+        **fields, suffix=suffix, quantities=quantities, derived=derived, units=units, logs=logs
+    )
+
+
+def _read_logs(group: h5py.Group) -> tuple[tuple[str, int], ...]:
+    if "logs" not in group.attrs:
+        return ()
+    where = attribute_path(group, "logs")
+    logs = parse_json_object(read_attribute(group, "logs", str), where)
+    for name, width in logs.items():
+        is_valid = is_log_name(name) and type(width) is int and 0 < width <= _MAX_LOG_WIDTH
+        require(is_valid, where, "numbers of values by name", f"{name!r}: {width!r}")
+        path = f"{group.name}/{LOG_PREFIX}{name}"
+        require(has_member(group, LOG_PREFIX + name), path, "a dataset", "nothing")
+    return tuple(sorted(logs.items()))
 
 
 def _read_units(group: h5py.Group, hidden_size: int) -> tuple[int, ...] | None:

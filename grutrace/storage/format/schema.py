@@ -15,7 +15,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from grutrace.records import ModuleInfo, Site
+from grutrace.records import LOG_PREFIX, ModuleInfo, Site
 from grutrace.storage.hdf5.errors import FormatError
 
 FORMAT = "grutrace"
@@ -24,7 +24,7 @@ FORMAT = "grutrace"
 STATISTICS_FORMAT = "grutrace statistics"
 
 #: Major and minor version. A reader refuses a newer major version; a minor version only adds data.
-FORMAT_VERSION = (1, 3)
+FORMAT_VERSION = (1, 5)
 
 #: The file format of HDF5 1.10: the first with SWMR, readable by every later HDF5. ("latest" would
 #: be the format of HDF5 2.0 with an h5py that contains 2.0, which older tools refuse.)
@@ -172,6 +172,8 @@ def quantity_path(module: ModuleInfo, site: Site, quantity: str) -> str:
 
 def width(module: ModuleInfo, site: Site, quantity: str) -> int:
     """Return the number of elements in a row of a quantity."""
+    if quantity.startswith(LOG_PREFIX):
+        return dict(site.logs)[quantity.removeprefix(LOG_PREFIX)]
     return site.input_size if quantity == "input" else module.unit_count(site)
 
 
@@ -206,6 +208,8 @@ def call_tables(site: Site) -> dict[str, np.dtype[Any]]:
 
 def row_axes(quantity: str) -> tuple[str, str]:
     """Return the axes of the rows of a quantity."""
+    if quantity.startswith(LOG_PREFIX):
+        return "step", quantity
     return "step", "feature" if quantity == "input" else "unit"
 
 

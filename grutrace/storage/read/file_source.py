@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
@@ -12,8 +12,9 @@ from typing import Any
 import h5py
 import numpy as np
 
-from grutrace.errors import TraceFileError
-from grutrace.records import Array, Site
+from grutrace.errors import StateError, TraceFileError
+from grutrace.records import AnnotationRecord, Array, Site
+from grutrace.storage.annotate import annotate_file
 from grutrace.storage.format.header import read_header
 from grutrace.storage.format.schema import (
     check_dataset,
@@ -122,6 +123,21 @@ class FileSource:
             for name in weight_shapes(info, self._site(module, suffix))
         }
 
+    def annotate(self, annotations: Sequence[AnnotationRecord]) -> None:
+        """Add annotations to the file, which must be closed.
+
+        Raises:
+            TraceFileError: The file is being written, was not closed in order, or cannot be
+                written.
+            StateError: The rows of the trace are in other files.
+        """
+        if len(self.files) > 1:
+            raise StateError(
+                f"{self.name} was merged from {len(self.files) - 1} files: annotate each of them "
+                "by itself, and merge them again"
+            )
+        annotate_file(self._path, annotations)
+
     def close(self) -> None:
         """Close the file. Closing twice has no effect."""
         self._merged.close()
@@ -173,6 +189,14 @@ class RemoteSource(FileSource):
     def files(self) -> tuple[Path, ...]:
         """No file of this machine."""
         return ()
+
+    def annotate(self, annotations: Sequence[AnnotationRecord]) -> None:  # noqa: ARG002
+        """Refuse: a file on a server is only read.
+
+        Raises:
+            StateError: Always.
+        """
+        raise StateError(f"{self.name} is on a server and can only be read: annotate a copy of it")
 
     def __reduce__(self) -> tuple[object, ...]:
         """Pickle the source as its URL. Another process opens the file again."""

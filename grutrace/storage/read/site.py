@@ -280,6 +280,11 @@ class SiteTrace(QuantityAccess[LazyRows]):
         return np.asarray(self.checks[positions])
 
     @property
+    def logged(self) -> tuple[str, ...]:
+        """Names of the values that were logged beside the gates; ``site["loss"]`` has the rows."""
+        return self.snapshot.logged(self._module_index)
+
+    @property
     def label_names(self) -> tuple[str, ...]:
         """Names of the recorded labels, including ``tokens``."""
         return annotation_names(self.snapshot.tables, self._module_index)

@@ -21,6 +21,7 @@ from grutrace.errors import (
 from grutrace.records import (
     FORWARD_QUANTITIES,
     GATES,
+    LOG_PREFIX,
     QUANTITIES,
     SET_PREFIX,
     Array,
@@ -186,6 +187,11 @@ class TraceSnapshot:
             is_fork |= self.tables.selected[module].is_fork
         return np.asarray(is_fork)
 
+    def stored_numbers(self, module: int) -> Integers:
+        """Return the number of the stored sequence in which each sequence began, (sequences,)."""
+        segments = self._joined.segments[module]
+        return np.arange(len(self.index(module))) if segments is None else segments.first
+
     def original_numbers(self, module: int) -> Integers:
         """Return the numbers of a module's sequences in the trace without selection."""
         if self.tables.selected:
@@ -207,8 +213,12 @@ class TraceSnapshot:
         count = self.extent(module).rows
         if quantity in site.quantities:
             return self.source.rows(module, site.suffix, quantity, count)
+        if quantity in self.logged(module):
+            owner = next(other for other in self.header.modules[module].sites if other.logs)
+            return self.source.rows(module, owner.suffix, LOG_PREFIX + quantity, count)
         if quantity not in site.derived:
-            recorded = ", ".join(site.available_quantities) or "nothing"
+            names = (*site.available_quantities, *self.logged(module))
+            recorded = ", ".join(names) or "nothing"
             raise NotRecordedError(
                 f"{quantity!r} was not recorded at {site.name!r}; recorded: {recorded}"
             )
@@ -216,6 +226,11 @@ class TraceSnapshot:
             dtype = np.dtype(self.header.modules[module].dtype)
             return LowerLayerInput(self.gate_inputs(module, site), (count, site.input_size), dtype)
         return self._recomputed_rows(module, site, quantity)
+
+    def logged(self, module: int) -> tuple[str, ...]:
+        """Return the names of the values that were logged for the steps of a module."""
+        sites = self.header.modules[module].sites
+        return tuple(name for site in sites for name, _ in site.logs)
 
     def preactivation(self, module: int, site: Site, gate: str) -> Rows:
         """Return the pre-activations of a gate at a site, (N, H).

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, starmap
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from grutrace.errors import (
     NotRecordedError,
+    OptionError,
     StateError,
     join_names,
     reject_unknown_options,
@@ -19,15 +21,21 @@ from grutrace.errors import (
     short_repr,
     suggest_name,
 )
-from grutrace.records import Array, ModuleInfo, Site, TraceHeader
+from grutrace.records import AnnotationRecord, Array, ModuleInfo, Site, TraceHeader
 from grutrace.reprs import wrap_text
+from grutrace.storage.annotate import annotation_records
 from grutrace.storage.format.tables import Tables, dataset_lengths
-from grutrace.storage.interfaces import InMemorySource, Rows, Source
+from grutrace.storage.interfaces import AnnotatableSource, InMemorySource, Rows, Source
 from grutrace.storage.memory import MemoryCopy
+from grutrace.storage.read.annotations import annotation_names
 from grutrace.storage.read.display.html_reprs import trace_html
 from grutrace.storage.read.display.text_reprs import trace_repr
 from grutrace.storage.read.selection.criteria import Criteria
-from grutrace.storage.read.selection.selected_source import SelectedSource, selected_source
+from grutrace.storage.read.selection.selected_source import (
+    SelectedSource,
+    selected_source,
+    several_files,
+)
 from grutrace.storage.read.site import SiteTrace
 from grutrace.storage.read.snapshot import TraceSnapshot
 from grutrace.storage.save import array_items, save_trace
@@ -221,6 +229,76 @@ class Trace:
         criteria.require_recorded(snapshot)
         present = self._refresh_snapshot if self._source.live else None
         return Trace(selected_source(self._source, criteria, snapshot, present))
+
+    @reject_unknown_options
+    def annotate(
+        self,
+        *,
+        tokens: Any = None,
+        labels: Mapping[str, Any] | None = None,
+        module: str | None = None,
+        replace: bool = False,
+    ) -> None:
+        """Give tokens or labels to sequences that are recorded already.
+
+        They are added to the trace in memory, or to its file, which must be closed. Rows and all
+        other content stay as they are. In a file all of it is committed at once: a process that is
+        killed meanwhile leaves all of it or nothing (and may leave a file that was not closed in
+        order, which `open` reads and ``grutrace recover`` closes). A selection gives them to its
+        own sequences in the whole trace. Other traces that are open see them after `refresh`.
+
+        Args:
+            tokens: For each sequence of a module, in order, a list of texts or of token ids, one
+                per step. Lists may be arrays or tensors. In an array (sequences, longest) values
+                beyond the end of a sequence are padding. A value may be None, or NaN, for a step
+                without one, and a list None for a sequence without any. Or by number of a sequence:
+                ``{3: ["a", "b"]}``. Or any of these by path, or glob, of a module.
+            labels: By name, the same with numbers or texts; or one value for all steps of a
+                sequence.
+            module: Path or glob of the module. Without it, values go to every module with so many
+                sequences of these lengths.
+            replace: Whether steps that already have such a label may get another one. The new one
+                is read from then on.
+
+        Raises:
+            OptionError: The values do not fit the sequences, are neither texts nor numbers, or
+                steps have such a label already.
+            StateError: The trace is being recorded to a file, or is in several files.
+            TraceFileError: The file cannot be written.
+
+        Examples:
+            >>> import torch
+            >>> import grutrace
+            >>> gru = torch.nn.GRU(2, 3)
+            >>> with grutrace.trace(gru, "run.h5") as tracer:
+            ...     output, state = gru(torch.randn(3, 2, 2))
+            >>> with grutrace.open("run.h5") as trace:
+            ...     trace.annotate(tokens=["ant", "bee"], labels={"kind": ["a", "b"]})
+            ...     sequence = trace["l0"].sequence(1)
+            ...     print(sequence.tokens, sequence.labels)
+            ['b', 'e', 'e'] {'kind': ['b', 'b', 'b']}
+        """
+        if labels is not None and not isinstance(labels, Mapping):
+            raise OptionError(f"labels: expected values by name, found {short_repr(labels)}")
+        values = {"tokens": tokens, **(labels or {})}
+        snapshot, source = self._refresh_snapshot(), self._source
+        if not isinstance(source, AnnotatableSource):
+            raise StateError(several_files(source))
+        modules = range(len(self.modules))
+        lengths = [snapshot.index(number).lengths.tolist() for number in modules]
+        stored = [snapshot.stored_numbers(number) for number in modules]
+        records = [
+            record
+            for name, of_sequences in values.items()
+            if of_sequences is not None
+            for record in annotation_records(name, of_sequences, self.modules, lengths, module)
+        ]
+        if not replace:
+            _require_unlabelled(snapshot, records)
+        source.annotate(
+            [dataclasses.replace(r, sequence=int(stored[r.module][r.sequence])) for r in records]
+        )
+        self.refresh()
 
     @property
     def selection(self) -> str | None:
@@ -469,3 +547,30 @@ class Trace:
         if self._source.live:
             self.refresh()
         return self._snapshot
+
+
+def _require_unlabelled(snapshot: TraceSnapshot, records: Sequence[AnnotationRecord]) -> None:
+    """Require that no step of these records has such a label already.
+
+    Raises:
+        OptionError: A step has.
+    """
+    for module in sorted({record.module for record in records}):
+        names = {record.name for record in records if record.module == module}
+        if not names & set(annotation_names(snapshot.tables, module)):
+            continue
+        annotations, lengths = snapshot.annotations(module), snapshot.index(module).lengths
+        for record in records:
+            if record.module != module:
+                continue
+            present = annotations.values(record.sequence, int(lengths[record.sequence]))
+            values = present.get(record.name, ())
+            for step in range(record.first, min(len(values), record.first + len(record.values))):
+                value = values[step]
+                # None and NaN are not a label.
+                if value is not None and value == value:
+                    raise OptionError(
+                        f"{record.name}: step {step} of sequence {record.sequence} has "
+                        f"{short_repr(value if isinstance(value, str) else float(value))} already; "
+                        "replace=True gives it another value"
+                    )

@@ -18,7 +18,7 @@ import numpy as np
 
 from grutrace.distributed import Shard
 from grutrace.errors import TraceFileError
-from grutrace.records import QUANTITIES, Array, ModuleInfo
+from grutrace.records import LOG_PREFIX, QUANTITIES, Array, ModuleInfo
 from grutrace.storage.format.datasets import (
     COPIED,
     SELF,
@@ -340,7 +340,7 @@ def _row_datasets(module: ModuleInfo) -> Iterator[tuple[str, str]]:
 
 def _count(counts: ModuleCounts, name: str) -> int:
     """Return the number of items of a dataset."""
-    if name in QUANTITIES:
+    if name in QUANTITIES or name.startswith(LOG_PREFIX):
         return counts.rows
     lengths = {"initial": counts.sequences, "checks": counts.calls, "backward": counts.calls}
     return lengths.get(name, counts.versions)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import numpy as np
 
 from grutrace.errors import SinkError, TraceFileError, require_one_of
 from grutrace.options import OPTIONS
-from grutrace.records import Record, TraceHeader, WeightsRecord
+from grutrace.records import AnnotationRecord, Record, TraceHeader, WeightsRecord
 from grutrace.storage.format.schema import dataset_specs, site_path
 from grutrace.storage.format.tables import dataset_lengths
 from grutrace.storage.hdf5.atomic_write import (
@@ -182,6 +182,24 @@ class Writer:
         if self._datasets.buffer_is_full:
             with self._translate_errors():
                 self._datasets.flush_buffers()
+
+    def write_annotations(self, annotations: Iterable[AnnotationRecord]) -> None:
+        """Add annotations of sequences in the file that is appended to, numbered as in the file.
+
+        They were checked before. They are in the file after the next commit.
+
+        Raises:
+            SinkError: They cannot be written.
+        """
+        self._require_open()
+        encoder = RecordEncoder(self._header.modules, self._strings)
+        with self._translate_errors():
+            for annotation in annotations:
+                for name, items in encoder.encode(annotation):
+                    self._datasets.append(name, items)
+                if self._datasets.buffer_is_full:
+                    self._datasets.flush_buffers()
+        self._uncommitted = True
 
     def commit(self) -> None:
         """Commit everything written so far.

@@ -11,7 +11,7 @@ from html import escape
 import numpy as np
 
 from grutrace.errors import GrutraceError
-from grutrace.records import Site
+from grutrace.records import LOG_PREFIX, Site
 from grutrace.reprs import shorten
 from grutrace.storage.read.annotations import annotation_names
 from grutrace.storage.read.display.text_reprs import (
@@ -85,6 +85,8 @@ def site_html(snapshot: TraceSnapshot, module: int, site: Site, residual: float)
         + ("" if site.units is None else f" of {info.hidden_size}"),
         "residual: recomputed on reading" if np.isnan(residual) else f"residual: {residual:.1e}",
     ]
+    if logged := snapshot.logged(module):
+        facts.append(f"logged: {short_list(logged)}")
     if names := annotation_names(snapshot.tables, module):
         facts.append(f"labels: {short_list(names)}")
     if site.derived:
@@ -129,9 +131,10 @@ def _pictures(snapshot: TraceSnapshot, module: int, site: Site, number: int | No
     """Return a table with a picture of each stored quantity of a sequence, and what they show."""
     if number is None or not site.quantities:
         return ""
-    pictures = [_picture(snapshot, module, site, name, number) for name in site.quantities]
+    names = [name for name in site.quantities if not name.startswith(LOG_PREFIX)]
+    pictures = [_picture(snapshot, module, site, name, number) for name in names]
     return (
-        _table(site.quantities, [pictures])
+        _table(names, [pictures])
         + f"<div>sequence {number}: steps from left to right, units downwards; reset and update "
         "from 0 (dark) to 1 (bright), the others from -1 (blue) over 0 (white) to 1 (red), or to "
         "their largest value</div>"

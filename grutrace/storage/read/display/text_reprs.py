@@ -36,6 +36,8 @@ def trace_repr(snapshot: TraceSnapshot, location: str, selection: str | None) ->
         lines.append(_indented(f"and {plural(len(sites) - MAX_SITES, 'more site')}"))
     if names := tag_names(snapshot):
         lines.append(_indented(f"tags: {short_list(names)}"))
+    if names := [name for module in range(len(header.modules)) for name in snapshot.logged(module)]:
+        lines.append(_indented(f"logged: {short_list(dict.fromkeys(names))}"))
     if names := label_names(snapshot):
         lines.append(_indented(f"labels: {short_list(names)}"))
     return "\n".join(lines) + ">"
@@ -48,6 +50,8 @@ def site_repr(snapshot: TraceSnapshot, module: int, site: Site) -> str:
     labels = annotation_names(snapshot.tables, module)
     sequences = plural(extent.sequences, "sequence")
     lines = [wrap_text(f"<site {site.name}: {sequences}, {extent.rows} steps of {recorded}")]
+    if logged := snapshot.logged(module):
+        lines.append(_indented(f"logged: {short_list(logged)}"))
     if labels:
         lines.append(_indented(f"labels: {short_list(labels)}"))
     return "\n".join(lines) + ">"

@@ -9,7 +9,7 @@ Module contents: `select_tables` makes the tables; `SelectedReader` reads the ro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any, cast
 import numpy as np
 
 from grutrace.errors import StateError
-from grutrace.records import Array, TraceHeader
+from grutrace.records import AnnotationRecord, Array, TraceHeader
 from grutrace.storage.format.schema import (
     TABLES,
     call_tables,
@@ -36,6 +36,7 @@ from grutrace.storage.format.tables import (
     dataset_lengths,
 )
 from grutrace.storage.interfaces import (
+    AnnotatableSource,
     InMemoryReader,
     InMemorySource,
     Rows,
@@ -223,6 +224,10 @@ class SelectedReader:
         """Return one version of a site's weights."""
         return self._base.weights(module, suffix, version)
 
+    def stored_sequence(self, module: int, sequence: int) -> int:
+        """Return the number of a stored sequence of the selection in the tables of the trace."""
+        return int(self._modules[module].sequences[sequence])
+
     def datasets(self, tables: Tables) -> Iterator[tuple[str, Rows | Array]]:
         """Yield the content of a file with the selection only: datasets by path, in parts.
 
@@ -331,6 +336,23 @@ class SelectedSource:
         options = {name: v for name, v in self.header.options.items() if name not in names}
         return replace(self.header, options=options)
 
+    def annotate(self, annotations: Sequence[AnnotationRecord]) -> None:
+        """Add annotations to the sequences of the trace.
+
+        Raises:
+            StateError: The trace cannot be annotated.
+        """
+        if not isinstance(self._base, AnnotatableSource):
+            raise StateError(several_files(self._base))
+        assert self._tables is not None
+        reader = cast(SelectedReader, self._tables.reader)
+        self._base.annotate(
+            [
+                replace(record, sequence=reader.stored_sequence(record.module, record.sequence))
+                for record in annotations
+            ]
+        )
+
     def __str__(self) -> str:
         """Return the criteria, also of the selection from which this one was taken."""
         before = f"{self._base}, " if isinstance(self._base, SelectedSource) else ""
@@ -373,6 +395,11 @@ def selected_source(
     """Return a source with the selected sequences of a trace, in memory or in a file."""
     kind = SelectedMemorySource if isinstance(base, InMemorySource) else SelectedSource
     return kind(base, criteria, snapshot, present, owns_base=owns_base)
+
+
+def several_files(source: Source) -> str:
+    """Return the message that a trace in several files cannot be annotated."""
+    return f"{source.name} is a trace of {len(source.files)} files: annotate each of them by itself"
 
 
 def _reopen(base: Source, criteria: Criteria) -> SelectedSource:

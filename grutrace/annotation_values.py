@@ -39,7 +39,7 @@ class ParsedValues(NamedTuple):
         return max((len(values) for values in self.lists if isinstance(values, list)), default=None)
 
 
-def parse(name: str, values: Values) -> ParsedValues:
+def parse(name: str, values: Values, *, missing: bool = False) -> ParsedValues:
     """Parse the tokens or labels of a batch.
 
     Args:
@@ -47,6 +47,7 @@ def parse(name: str, values: Values) -> ParsedValues:
             with one letter per step. A label may have one value for all steps of a sequence.
         values: Nested lists, tuples, arrays or tensors; (B, T) if it is one array. The elements are
             texts, or numbers of Python or NumPy, or arrays and tensors with one element.
+        missing: Whether a value, or the list of a sequence, may be None.
 
     Raises:
         OptionError: The values have another form or type, or are too large to be stored exactly.
@@ -61,6 +62,8 @@ def parse(name: str, values: Values) -> ParsedValues:
         raise OptionError(f"{name}: expected {expected}; found {short_repr(values)}")
     lists = [_parse_sequence(name, row) for row in rows]
     flat = [value for row in lists for value in (row if isinstance(row, list) else [row])]
+    if missing:
+        flat = [value for value in flat if value is not None]
     is_text = all(isinstance(value, str) for value in flat)
     if not is_text and not all(isinstance(value, (int, float)) for value in flat):
         raise OptionError(f"{name}: expected {expected}; found {short_repr(values)}")
@@ -75,7 +78,7 @@ def parse(name: str, values: Values) -> ParsedValues:
 
 def _parse_sequence(name: str, value: Any) -> Any:
     """Return the values of one sequence as a list, or one value for all its steps."""
-    if isinstance(value, list) or name != "tokens":
+    if isinstance(value, list) or name != "tokens" or value is None:
         return value
     # A word stands for its letters, a single id for the token of a single step.
     return list(value) if isinstance(value, str) else [value]
