@@ -12,27 +12,32 @@ S sequences, K stages, G groups of consecutive sequences, H units.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
 
+from grutrace.analysis.engine.map_reduce import reduce_sequences
 from grutrace.analysis.engine.result import Result
-from grutrace.analysis.engine.site_data import SiteData, SiteLike, as_site_data, unit_quantities
+from grutrace.analysis.engine.segments import SequenceSegment
+from grutrace.analysis.engine.site_data import SiteLike, as_site_data, unit_quantities
 from grutrace.errors import OptionError, short_repr
 from grutrace.records import Array
-from grutrace.storage.read.lazy_rows import items_per_block
 from grutrace.storage.read.sequence_index import Integers
 
 #: Default number of stages.
 STAGES = 10
 
 #: Largest number of groups of sequences whose order is permuted.
-MAX_GROUPS = 512
+MAX_GROUPS = 128
 
-#: Bytes of the rows that are read at once.
-BLOCK_BYTES = 16 * 1024 * 1024
+#: Number of permutations that are computed at once.
+PERMUTED_AT_ONCE = 64
+
+#: Correlations that differ by less are equal: their sums may be rounded differently.
+SAME_TREND = 1e-9
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,25 +117,15 @@ def stages(
     total = len(numbers)
     stage_count, group_count = max(1, min(count, total)), max(1, min(MAX_GROUPS, total))
     width = len(data.units)
-    by_stage = {name: np.zeros((stage_count, width)) for name in quantities}
-    by_group = {name: np.zeros((group_count, width)) for name in quantities}
     position = np.cumsum(data.lengths > 0) - 1
+    stage_of = position * stage_count // max(1, total)
+    group_of = position * group_count // max(1, total)
     stage_sizes = np.bincount(np.arange(total) * stage_count // max(1, total))
     group_sizes = np.bincount(np.arange(total) * group_count // max(1, total))
-    for first, last in _blocks(data, quantities):
-        chosen = numbers[(numbers >= first) & (numbers < last)]
-        if len(chosen):
-            starts = np.cumsum(data.lengths[chosen]) - data.lengths[chosen]
-            at = position[chosen]
-            for name in quantities:
-                rows = np.asarray(data.rows(name)[data.rows_between(first, last)])
-                with np.errstate(invalid="ignore", over="ignore"):
-                    sums = np.add.reduceat(rows, starts, axis=0, dtype=np.float64)
-                    means = sums / data.lengths[chosen][:, np.newaxis]
-                    np.add.at(by_stage[name], at * stage_count // total, means)
-                    np.add.at(by_group[name], at * group_count // total, means)
-        if data.advance is not None:
-            data.advance(last, len(data.lengths))
+    shapes = (stage_count, width), (group_count, width)
+    make_reducer = partial(_Means, quantities, stage_of, group_of, *shapes)
+    sums = reduce_sequences(data, quantities, make_reducer)
+    by_stage, by_group = sums.by_stage, sums.by_group
     mean = {name: _divided(sums, stage_sizes) for name, sums in by_stage.items()}
     tests = {
         name: _trend(_divided(sums, group_sizes), permutations, seed)
@@ -152,15 +147,38 @@ def stages(
     )
 
 
-def _blocks(data: SiteData, quantities: tuple[str, ...] | list[str]) -> Iterator[tuple[int, int]]:
-    """Yield ranges of sequences whose rows fit `BLOCK_BYTES`, or one sequence."""
-    at_once = items_per_block(BLOCK_BYTES, 8 * max(1, len(data.units)) * len(quantities))
-    ends, first = np.cumsum(data.lengths), 0
-    while first < len(ends):
-        before = int(ends[first - 1]) if first else 0
-        last = max(first + 1, int(np.searchsorted(ends, before + at_once, "right")))
-        yield first, last
-        first = last
+class _Means:
+    """Sums over sequences of the means of each, by stage and by group."""
+
+    def __init__(
+        self,
+        quantities: tuple[str, ...],
+        stage_of: Integers,
+        group_of: Integers,
+        stages_shape: tuple[int, int],
+        groups_shape: tuple[int, int],
+    ) -> None:
+        self._stage_of, self._group_of = stage_of, group_of
+        self.by_stage = {name: np.zeros(stages_shape) for name in quantities}
+        self.by_group = {name: np.zeros(groups_shape) for name in quantities}
+
+    def add(self, segment: SequenceSegment) -> None:
+        """Add the share of some steps in the mean of their sequence."""
+        stage, group = self._stage_of[segment.sequence], self._group_of[segment.sequence]
+        with np.errstate(invalid="ignore", over="ignore"):
+            for name, rows in segment.values.items():
+                share = rows.sum(axis=0, dtype=np.float64) / segment.length
+                self.by_stage[name][stage] += share
+                self.by_group[name][group] += share
+
+    def merge(self, later: _Means) -> None:
+        """Add the sums of later sequences."""
+        for own, others in (
+            (self.by_stage, later.by_stage),
+            (self.by_group, later.by_group),
+        ):
+            for name, sums in others.items():
+                own[name] += sums
 
 
 def _divided(sums: Array, counts: Integers) -> Array:
@@ -183,7 +201,11 @@ def _trend(means: Array, permutations: int, seed: int) -> tuple[Array, Array]:
     order = order / np.sqrt((order**2).sum())
     trend = order @ unit
     random = np.random.default_rng(seed)
-    orders = random.permuted(np.tile(order, (permutations, 1)), axis=1)
-    largest = np.abs(orders @ unit).max(axis=1)
-    p = (1 + (largest[:, np.newaxis] >= np.abs(trend) - 1e-12).sum(axis=0)) / (1 + permutations)
+    reached = np.zeros(width, np.int64)
+    for start in range(0, permutations, PERMUTED_AT_ONCE):
+        count = min(PERMUTED_AT_ONCE, permutations - start)
+        orders = random.permuted(np.tile(order, (count, 1)), axis=1)
+        largest = np.abs(orders @ unit).max(axis=1)
+        reached += (largest[:, np.newaxis] >= np.abs(trend) - SAME_TREND).sum(axis=0)
+    p = (1 + reached) / (1 + permutations)
     return np.where(moves, trend, np.nan), np.where(moves, p, np.nan)

@@ -14,17 +14,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from grutrace.analysis.descriptive.saturation import CONSTANT_RANGE, STUCK
+from grutrace.analysis.engine.map_reduce import reduce_sequences
 from grutrace.analysis.engine.multiple_tests import binomial_tail, holm
 from grutrace.analysis.engine.result import Result
-from grutrace.analysis.engine.site_data import SiteData, SiteLike, as_site_data, row_bytes
+from grutrace.analysis.engine.segments import SequenceSegment
+from grutrace.analysis.engine.site_data import SiteData, SiteLike, as_site_data
 from grutrace.errors import NotRecordedError
 from grutrace.records import GATES, Array
 from grutrace.statistics.moments import HIGH, LOW
-from grutrace.storage.read.lazy_rows import items_per_block
 from grutrace.storage.read.sequence_index import Integers
 
 #: Steps of one sample.
@@ -35,9 +37,6 @@ TYPICAL = 0.8
 
 #: Level of the test.
 LEVEL = 0.05
-
-#: Bytes of the rows that are read at once.
-BLOCK_BYTES = 16 * 1024 * 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,50 +131,74 @@ def stuck_units(site: SiteLike) -> StuckUnits:
 
 def _count(data: SiteData, quantities: list[str]) -> tuple[int, dict[tuple[str, int], Integers]]:
     """Count the samples, and in how many of them each unit is stuck, by gate and side: (H,)."""
-    width = len(data.units)
-    counts: dict[tuple[str, int], Integers] = {}
-    for name in quantities:
-        for side in (0,) if name == "hidden" else (-1, 1):
-            counts[name, side] = np.zeros(width, np.int64)
-    first_state: Array | None = None
-    samples, first = 0, 0
-    at_once = items_per_block(BLOCK_BYTES, row_bytes(data, quantities))
-    ends = np.cumsum(data.lengths)
-    while first < len(ends):
-        before = int(ends[first - 1]) if first else 0
-        last = max(first + 1, int(np.searchsorted(ends, before + at_once, "right")))
-        starts = _starts(data.lengths[first:last])
-        samples += len(starts)
-        where = data.rows_between(first, last)
-        for name in quantities if len(starts) else ():
-            values = np.asarray(data.rows(name)[where])
-            sizes = np.diff(np.append(starts, len(values)))[:, np.newaxis]
-            if name == "hidden":
-                if first_state is None:
-                    first_state = values[0]
-                with np.errstate(invalid="ignore"):
-                    near = np.abs(values - first_state) <= CONSTANT_RANGE / 2
-                counts[name, 0] += (np.add.reduceat(near, starts, dtype=np.int64) == sizes).sum(0)
-            else:
-                values = np.abs(values) if name == "candidate" else values
-                for side, holds in ((-1, values < LOW), (1, values > HIGH)):
-                    steps = np.add.reduceat(holds, starts, dtype=np.int64)
-                    counts[name, side] += (steps >= STUCK * sizes).sum(0)
-        first = last
-        if data.advance is not None:
-            data.advance(first, len(ends))
-    return samples, counts
+    first_state = None
+    if "hidden" in quantities and data.steps:
+        sequence = int(np.flatnonzero(data.lengths)[0])
+        rows = data.rows_between(sequence, sequence + 1)
+        row = rows.start if isinstance(rows, slice) else int(rows[0])
+        first_state = np.asarray(data.rows("hidden")[row : row + 1])[0]
+    make_reducer = partial(_Counts, tuple(quantities), len(data.units), first_state)
+    counted = reduce_sequences(data, quantities, make_reducer)
+    return counted.samples, counted.counts
 
 
-def _starts(lengths: Integers) -> Integers:
-    """Return the first row of each sample, of sequences with these lengths."""
-    lengths = lengths[lengths > 0]
-    begins = np.cumsum(lengths) - lengths
-    parts = np.maximum(1, lengths // PART_STEPS)
-    return np.concatenate(
-        [np.empty(0, np.int64)]
-        + [
-            begin + length * np.arange(count) // count
-            for begin, length, count in zip(begins, lengths, parts, strict=True)
-        ]
-    )
+class _Counts:
+    """Counts samples in which units are stuck.
+
+    Args:
+        quantities: Gates, and ``hidden``.
+        width: H.
+        first_state: (H,) the state that others are compared with.
+    """
+
+    def __init__(self, quantities: tuple[str, ...], width: int, first_state: Array | None) -> None:
+        self._first_state = first_state
+        self.samples = 0
+        names = [(name, side) for name in quantities for side in _sides(name)]
+        self.counts: dict[tuple[str, int], Integers] = {
+            name: np.zeros(width, np.int64) for name in names
+        }
+        # Steps of the sample that has begun.
+        self._begun: dict[tuple[str, int], Integers] = {
+            name: np.zeros(width, np.int64) for name in names
+        }
+
+    def add(self, segment: SequenceSegment) -> None:
+        """Add the next steps of a sequence."""
+        parts = max(1, segment.length // PART_STEPS)
+        bounds = segment.length * np.arange(parts + 1) // parts
+        steps = len(next(iter(segment.values.values())))
+        first, last = segment.start, segment.start + steps
+        # The sample that the first of these steps is in, and the number of those that end here.
+        begin = int(np.searchsorted(bounds, first, "right")) - 1
+        ended = int(np.searchsorted(bounds, last, "right")) - 1 - begin
+        inner = bounds[(bounds > first) & (bounds < last)] - first
+        starts = np.concatenate([[0], inner]).astype(np.int64)
+        sizes = np.diff(bounds[begin : begin + ended + 1])[:, np.newaxis]
+        self.samples += ended
+        for name, values in segment.values.items():
+            for side in _sides(name):
+                sums = np.add.reduceat(self._holds(name, side, values), starts, dtype=np.int64)
+                sums[0] += self._begun[name, side]
+                share = STUCK if side else 1.0
+                self.counts[name, side] += (sums[:ended] >= share * sizes).sum(axis=0)
+                complete = len(sums) == ended
+                self._begun[name, side] = np.zeros_like(sums[0]) if complete else sums[-1]
+
+    def _holds(self, name: str, side: int, values: Array) -> Array:
+        """Return at which steps a gate is on a side, or the state is near the first, (n, H)."""
+        with np.errstate(invalid="ignore"):
+            if side == 0:
+                return np.asarray(np.abs(values - self._first_state) <= CONSTANT_RANGE / 2)
+            size = np.abs(values) if name == "candidate" else values
+            return np.asarray(size < LOW if side < 0 else size > HIGH)
+
+    def merge(self, later: _Counts) -> None:
+        """Add the counts of later sequences."""
+        self.samples += later.samples
+        for name, count in later.counts.items():
+            self.counts[name] += count
+
+
+def _sides(name: str) -> tuple[int, ...]:
+    return (0,) if name == "hidden" else (-1, 1)

@@ -7,6 +7,7 @@ import pytest
 
 from grutrace.analysis import SiteArrays, stages
 from grutrace.analysis.comparison import stages as module
+from grutrace.analysis.engine import map_reduce
 from grutrace.errors import NotRecordedError, OptionError
 from tests.analysis.everywhere import check_everywhere
 
@@ -30,8 +31,8 @@ def test_means_are_those_of_the_sequences_of_each_stage(monkeypatch) -> None:
     means = np.array([each.mean(0) for each in rows])
     stage = np.arange(11) * 4 // 11
     expected = np.array([means[stage == number].mean(0) for number in range(4)])
-    for size in (1, module.BLOCK_BYTES):
-        monkeypatch.setattr(module, "BLOCK_BYTES", size)
+    for size in (1, map_reduce.PART_BYTES):
+        monkeypatch.setattr(map_reduce, "PART_BYTES", size)
         found = stages(site, 4, permutations=9)
         np.testing.assert_allclose(found.mean["hidden"], expected)
         np.testing.assert_allclose(found.moved["hidden"], expected[-1] - expected[0])
