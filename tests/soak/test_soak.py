@@ -78,10 +78,15 @@ def test_control_faults_are_reported() -> None:
     assert wrong("power", sound | {"fsync": False, "calls": 4}) == []
     assert wrong("live", {"changes": 0, "writer": -9})
     fault = sound | {
-        "fault": "full", "on_error": "raise", "failed": 1, "intact": True, "hooks": 0, "beside": [],
-        "made": 9, "errors": ["SinkError: /run.h5 cannot be written: full"], "warnings": [],
+        "fault": "full", "on_error": "raise", "failed": 1, "failed_itself": 1, "intact": True,
+        "hooks": 0, "beside": [], "made": 9, "warnings": [],
+        "errors": ["SinkError: /run.h5 cannot be written: full"],
     }  # fmt: skip
     assert faulty(fault) == []
+    # Where only the copy of a closed file failed, the trace is whole.
+    copy = fault | {"failed_itself": 0, "errors": []}
+    assert faulty(copy | {"calls": 9}) == []
+    assert len(faulty(copy)) == 1
     for change in (
         {"intact": False},
         {"hooks": 1},
