@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from bokeh import layouts, models
 
-from grutrace.view.live import bokeh_names as bk
 from grutrace.view.live.engine.link import ORDERS
 from grutrace.view.live.engine.window import STATISTICS
-
-if TYPE_CHECKING:
-    from bokeh.models import Div, LayoutDOM
-
 
 #: Most sites in the list: a page with a million would not open.
 MAX_SITES = 200
 
 
-def text(size: str = "13px", colour: str = "#444444", name: str = "", **options: object) -> Div:
+def text(
+    size: str = "13px", colour: str = "#444444", name: str = "", **options: object
+) -> models.Div:
     """Return a line of text. What it holds is never markup."""
-    return bk.Div(
+    return models.Div(
         text="",
         name=name,
         render_as_text=True,
@@ -37,46 +34,48 @@ class Controls:
     """
 
     def __init__(self, run_names: tuple[str, ...]) -> None:
-        self.run = bk.Select(title="Run", options=list(run_names), width=170, name="run")
-        self.beside = bk.Select(
+        self.run = models.Select(title="Run", options=list(run_names), width=170, name="run")
+        self.beside = models.Select(
             title="Beside it", options=[("", "(none)"), *((n, n) for n in run_names)], width=170
         )
-        self.site_filter = bk.TextInput(
+        self.site_filter = models.TextInput(
             title="Find a site", placeholder="part of a name", width=130, name="filter"
         )
-        self.site = bk.Select(title="Site", options=[], width=200, name="site")
-        self.quantity = bk.Select(title="Quantity", options=[], width=110, name="quantity")
-        self.statistic = bk.Select(title="A pixel is the", options=list(STATISTICS), width=90)
-        self.order = bk.Select(title="Units by", options=list(ORDERS), width=100)
-        self.select = bk.TextInput(
+        self.site = models.Select(title="Site", options=[], width=200, name="site")
+        self.quantity = models.Select(title="Quantity", options=[], width=110, name="quantity")
+        self.statistic = models.Select(title="A pixel is the", options=list(STATISTICS), width=90)
+        self.order = models.Select(title="Units by", options=list(ORDERS), width=100)
+        self.select = models.TextInput(
             title="Select sequences", placeholder="tag=valid; length=10:", width=190, name="select"
         )
-        self.sequence = bk.TextInput(title="Sequence", width=80, name="sequence")
-        self.previous = bk.Button(label="\N{LEFTWARDS ARROW}", width=34, align="end")
-        self.next = bk.Button(label="\N{RIGHTWARDS ARROW}", width=34, align="end")
-        self.whole = bk.Button(label="Whole file", width=90, align="end", name="whole")
-        self.follow = bk.Toggle(label="Follow", width=70, align="end")
+        self.sequence = models.TextInput(title="Sequence", width=80, name="sequence")
+        self.previous = models.Button(label="\N{LEFTWARDS ARROW}", width=34, align="end")
+        self.next = models.Button(label="\N{RIGHTWARDS ARROW}", width=34, align="end")
+        self.whole = models.Button(label="Whole file", width=90, align="end", name="whole")
+        self.follow = models.Toggle(label="Follow", width=70, align="end")
         self.status = text(name="status")
         self.pointer = text(name="pointer", colour="#111111", height=22)
         self.problem = text(name="problem", colour="#b2182b", visible=False)
-        self.mark = bk.TextInput(title="Marked: seq.start-seq.end", width=170, name="mark")
-        self.above = bk.RadioButtonGroup(labels=["on above", "on below"], active=0, align="end")
-        self.threshold = bk.Slider(
+        self.mark = models.TextInput(title="Marked: seq.start-seq.end", width=170, name="mark")
+        self.above = models.RadioButtonGroup(labels=["on above", "on below"], active=0, align="end")
+        self.threshold = models.Slider(
             title="Threshold", start=0, end=1, step=0.01, value=0.5, width=180, name="threshold"
         )
-        self.before = bk.Spinner(title="Off before", low=0, high=99, value=1, width=80)
-        self.after = bk.Spinner(title="Off after", low=0, high=99, value=1, width=80)
-        self.units = bk.TextInput(title="Units", width=200, name="units")
-        self.least = bk.Spinner(title="At least on", low=1, high=1, value=1, width=85)
-        self.find = bk.Button(
+        self.before = models.Spinner(title="Off before", low=0, high=99, value=1, width=80)
+        self.after = models.Spinner(title="Off after", low=0, high=99, value=1, width=80)
+        self.units = models.TextInput(title="Units", width=200, name="units")
+        self.least = models.Spinner(title="At least on", low=1, high=1, value=1, width=85)
+        self.find = models.Button(
             label="Find matches", button_type="primary", width=120, align="end", name="find"
         )
         self.found = text(name="found")
         self.progress = text(name="progress")
         #: The query string of what is shown; a script of the page puts it into the address.
-        self.link = bk.Div(text="", visible=False, name="link", render_as_text=True)
+        self.link = models.Div(text="", visible=False, name="link", render_as_text=True)
 
-    def layout(self, pictures: list[LayoutDOM], below: list[LayoutDOM]) -> LayoutDOM:
+    def layout(
+        self, pictures: list[models.LayoutDOM], below: list[models.LayoutDOM]
+    ) -> models.LayoutDOM:
         """Return the layout of the page.
 
         Args:
@@ -86,7 +85,7 @@ class Controls:
         several = len(self.run.options) > 1
         self.run.visible = self.beside.visible = several
         wrap = {"flex-wrap": "wrap", "row-gap": "2px"}
-        choice = bk.row(
+        choice = layouts.row(
             [
                 *(self.run, self.beside, self.site_filter, self.site, self.quantity),
                 *(self.statistic, self.order, self.select, self.sequence, self.previous, self.next),
@@ -95,7 +94,7 @@ class Controls:
             sizing_mode="stretch_width",
             styles=wrap,
         )
-        stretch = bk.row(
+        stretch = layouts.row(
             [
                 *(self.mark, self.threshold, self.above, self.before, self.after),
                 *(self.units, self.least, self.find),
@@ -103,26 +102,26 @@ class Controls:
             sizing_mode="stretch_width",
             styles=wrap,
         )
-        heading = bk.Div(
+        heading = models.Div(
             text="Stretches",
             styles={
                 "font": "600 15px system-ui, sans-serif",
                 "margin-top": "6px",
             },
         )
-        return bk.column(
+        return layouts.column(
             [
                 choice,
                 self.problem,
                 self.status,
                 # A column of its own: frames of figures in one column are aligned.
-                bk.column(pictures, sizing_mode="stretch_width"),
+                layouts.column(pictures, sizing_mode="stretch_width"),
                 self.pointer,
                 heading,
                 stretch,
                 self.found,
                 self.progress,
-                bk.column(below, sizing_mode="stretch_width"),
+                layouts.column(below, sizing_mode="stretch_width"),
                 self.link,
             ],
             sizing_mode="stretch_width",

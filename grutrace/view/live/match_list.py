@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from bokeh import models, palettes, plotting
 
-from grutrace.view.live import bokeh_names as bk
 from grutrace.view.live.engine.search import Match
 from grutrace.view.live.engine.site_view import SiteView, StepTexts
 from grutrace.view.live.engine.stretches import Condition
@@ -32,9 +32,9 @@ class MatchList:
 
     def __init__(self) -> None:
         columns = ("x", "y", "share", "token", "label", "colour", "edge")
-        self._cells = bk.ColumnDataSource({name: [] for name in columns})
-        self._x_range, self._y_range = bk.Range1d(0, 1), bk.Range1d(0, 1)
-        self.figure = bk.figure(
+        self._cells = models.ColumnDataSource({name: [] for name in columns})
+        self._x_range, self._y_range = models.Range1d(0, 1), models.Range1d(0, 1)
+        self.figure = plotting.figure(
             x_range=self._x_range,
             y_range=self._y_range,
             height=FRAME,
@@ -55,7 +55,7 @@ class MatchList:
         self.figure.yaxis.major_label_text_align = "left"
         self.figure.outline_line_color = None
         # Light to dark: the share of the units that are on.
-        mapper = bk.LinearColorMapper(bk.Blues256[::-1][:180], low=0, high=1)
+        mapper = models.LinearColorMapper(palettes.Blues256[::-1][:180], low=0, high=1)
         self.figure.rect(
             "x",
             "y",

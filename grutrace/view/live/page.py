@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from typing import TYPE_CHECKING
+
+from bokeh import events, models
+from bokeh.document import Document
 
 from grutrace.errors import GrutraceError, NotRecordedError, OptionError
-from grutrace.view.live import bokeh_names as bk
 from grutrace.view.live.controls import MAX_SITES, Controls, count_text
 from grutrace.view.live.engine.link import Link, Steps, parse_link
 from grutrace.view.live.engine.runs import Runs
@@ -18,10 +19,6 @@ from grutrace.view.live.picture import Picture, inner_size
 from grutrace.view.live.stretch_panel import StretchPanel
 from grutrace.view.live.token_strip import MIN_STEP, TokenStrip
 from grutrace.view.live.unit_lines import UnitLines
-
-if TYPE_CHECKING:
-    from bokeh.document import Document
-
 
 #: Seconds of reading before a picture is shown, and of each slice of work in the background.
 FIRST_PICTURE, SLICE = 0.04, 0.03
@@ -65,8 +62,8 @@ class Page:
     def __init__(self, document: Document, runs: Runs) -> None:
         self._document, self._runs = document, runs
         self._widgets = Controls(runs.names)
-        self._x_range = bk.Range1d(0, 1, min_interval=3)
-        self._y_range = bk.Range1d(0, 1, min_interval=1)
+        self._x_range = models.Range1d(0, 1, min_interval=3)
+        self._y_range = models.Range1d(0, 1, min_interval=1)
         names = ("picture", "beside")[: len(runs.names)]
         self._pictures = [Picture(self._x_range, self._y_range, name) for name in names]
         self._strip, self._lines = TokenStrip(self._x_range), UnitLines(self._x_range)
@@ -75,7 +72,7 @@ class Page:
         self._stretches = StretchPanel(
             self._widgets, self._listeners, boxes, self._show_choice, self._move
         )
-        self._pointer = bk.ColumnDataSource({"x": [], "y": []})
+        self._pointer = models.ColumnDataSource({"x": [], "y": []})
         self._view: SiteView | None = None
         self._beside: SiteView | None = None
         self._scheduled = False
@@ -121,11 +118,12 @@ class Page:
         widgets.previous.on_click(lambda: self._step_sequence(-1))
         widgets.next.on_click(lambda: self._step_sequence(1))
         widgets.whole.on_click(self._show_whole)
-        widgets.link.js_on_change("text", bk.CustomJS(code=_SET_ADDRESS))
-        self._strip.figure.on_event(bk.SelectionGeometry, self._stretches.select)
+        widgets.link.js_on_change("text", models.CustomJS(code=_SET_ADDRESS))
+        self._strip.figure.on_event(events.SelectionGeometry, self._stretches.select)
         for figure in (self._pictures[0].figure, self._strip.figure):
             figure.js_on_event(
-                bk.MouseMove, bk.CustomJS(args={"pointer": self._pointer}, code=_SEND_POINTER)
+                events.MouseMove,
+                models.CustomJS(args={"pointer": self._pointer}, code=_SEND_POINTER),
             )
 
     # What is shown

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
+from bokeh import models, palettes, plotting
+from bokeh.core.property.descriptors import UnsetValueError
 
-from grutrace.view.live import bokeh_names as bk
 from grutrace.view.live.engine.site_view import SiteView
 from grutrace.view.live.engine.step_axis import StepAxis
 from grutrace.view.live.engine.window import Span, Statistic, Window
-
-if TYPE_CHECKING:
-    from bokeh.models import Axis, Range1d
-    from bokeh.plotting import figure
-
 
 #: Colours of values of both signs: blue below zero, red above.
 DIVERGING = (
@@ -59,11 +53,13 @@ class Picture:
         window: The window that is shown; None before the first.
     """
 
-    def __init__(self, x_range: Range1d, y_range: Range1d, name: str) -> None:
-        self._source = bk.ColumnDataSource({"image": [], "x": [], "y": [], "dw": [], "dh": []})
-        self._boundaries = bk.ColumnDataSource({"x": []})
-        self._mapper = bk.LinearColorMapper(bk.Cividis256, low=0, high=1, nan_color=MISSING)
-        self.figure = bk.figure(
+    def __init__(self, x_range: models.Range1d, y_range: models.Range1d, name: str) -> None:
+        self._source = models.ColumnDataSource({"image": [], "x": [], "y": [], "dw": [], "dh": []})
+        self._boundaries = models.ColumnDataSource({"x": []})
+        self._mapper = models.LinearColorMapper(
+            palettes.Cividis256, low=0, high=1, nan_color=MISSING
+        )
+        self.figure = plotting.figure(
             x_range=x_range,
             y_range=y_range,
             height=340,
@@ -83,7 +79,7 @@ class Picture:
             "image", "x", "y", "dw", "dh", color_mapper=self._mapper, source=self._source
         )
         self.figure.vspan("x", source=self._boundaries, line_color="#ffffff", line_width=1)
-        self.mark = bk.BoxAnnotation(
+        self.mark = models.BoxAnnotation(
             left=0,
             right=0,
             fill_alpha=0.12,
@@ -93,7 +89,7 @@ class Picture:
             visible=False,
         )
         self.figure.add_layout(self.mark)
-        self._bar = bk.ColorBar(color_mapper=self._mapper, width=10, padding=4, title="")
+        self._bar = models.ColorBar(color_mapper=self._mapper, width=10, padding=4, title="")
         self.figure.add_layout(self._bar, "right")
         prepare_ticks(self.figure.xaxis[0])
         prepare_ticks(self.figure.yaxis[0])
@@ -149,7 +145,7 @@ class Picture:
 
     def _set_scale(self, view: SiteView) -> None:
         low, high = view.limits
-        palette = bk.interp_palette(DIVERGING, 255) if low < 0 else bk.Cividis256
+        palette = palettes.interp_palette(DIVERGING, 255) if low < 0 else palettes.Cividis256
         self._mapper.update(low=low, high=high, palette=palette)
         self._bar.title = MEANINGS.get(view.quantity, view.quantity)
 
@@ -184,24 +180,24 @@ class Picture:
         set_ticks(self.figure.yaxis[0], units)
 
 
-def inner_size(shown: figure) -> tuple[int, int]:
+def inner_size(shown: plotting.figure) -> tuple[int, int]:
     """Return the width and height inside the frame of a figure, which the browser tells."""
     try:
         return int(shown.inner_width), int(shown.inner_height)
-    except bk.UnsetValueError:
+    except UnsetValueError:
         return UNKNOWN_WIDTH, MAX_HEIGHT
 
 
-def prepare_ticks(axis: Axis) -> None:
+def prepare_ticks(axis: models.Axis) -> None:
     """Prepare an axis for `set_ticks`: new models later would cost much more."""
-    axis.ticker = bk.FixedTicker(ticks=[])
+    axis.ticker = models.FixedTicker(ticks=[])
     # A formatter gets texts as data: they are never read as markup.
-    axis.formatter = bk.CustomJSTickFormatter(
+    axis.formatter = models.CustomJSTickFormatter(
         args={"places": [], "texts": []}, code="return texts[places.indexOf(tick)] ?? ''"
     )
 
 
-def set_ticks(axis: Axis, labels: dict[float, str]) -> None:
+def set_ticks(axis: models.Axis, labels: dict[float, str]) -> None:
     """Set the ticks of an axis and their texts, which are shown as they are."""
     axis.formatter.args = {"places": list(labels), "texts": list(labels.values())}
     axis.ticker.ticks = list(labels)

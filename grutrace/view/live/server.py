@@ -14,9 +14,16 @@ import secrets
 import socket
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from bokeh.application import Application as BokehApplication
+from bokeh.application.handlers.function import FunctionHandler
+from bokeh.document import Document
+from bokeh.resources import Resources
+from bokeh.server.server import BaseServer
+from bokeh.server.tornado import BokehTornado
+from bokeh.server.views.static_handler import StaticHandler
 from tornado.httpserver import HTTPServer
 from tornado.httputil import HTTPMessageDelegate, HTTPServerRequest
 from tornado.ioloop import IOLoop
@@ -24,11 +31,6 @@ from tornado.routing import Router
 from tornado.web import Application, RequestHandler
 
 from grutrace.errors import OptionError, StateError
-from grutrace.view.live import bokeh_names as bk
-
-if TYPE_CHECKING:
-    from bokeh.document import Document
-    from bokeh.resources import Resources
 
 #: The address of the server: this machine.
 ADDRESS = "127.0.0.1"
@@ -106,8 +108,8 @@ class Guard(Router):
         self._token = token
         self._hosts = {f"{host}:{port}" for host in HOSTS}
         self._refusals = Application([], log_function=_no_log)
-        self.application = bk.BokehTornado(
-            {"/": bk.Application(bk.FunctionHandler(make_page))},
+        self.application = BokehTornado(
+            {"/": BokehApplication(FunctionHandler(make_page))},
             prefix=token,
             extra_websocket_origins=sorted(self._hosts),
             secret_key=secrets.token_bytes(TOKEN_BYTES),
@@ -152,10 +154,10 @@ class Guard(Router):
 
     def _resources(self, absolute_url: str | bool | None = None) -> Resources:  # noqa: ARG002
         """Return the scripts that the page needs, of this server: fewer load faster."""
-        return bk.Resources(
+        return Resources(
             mode="server",
             root_url=f"/{self._token}",
-            path_versioner=bk.StaticHandler.append_version,
+            path_versioner=StaticHandler.append_version,
             components=["bokeh", "bokeh-widgets"],
         )
 
@@ -225,7 +227,7 @@ class LiveServer:
             guard = Guard(self._make_page, self.token, self.port)
             http_server = HTTPServer(guard)
             http_server.add_socket(self._socket)
-            server = bk.BaseServer(loop, guard.application, http_server)
+            server = BaseServer(loop, guard.application, http_server)
             server.start()
         except BaseException as error:
             self._socket.close()

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from bokeh import events
 
 from grutrace.errors import NotRecordedError, OptionError
-from grutrace.view.live import bokeh_names as bk
 from grutrace.view.live.controls import Controls, count_text
 from grutrace.view.live.engine.link import Link, Steps, parse_link
 from grutrace.view.live.engine.search import Search
@@ -16,9 +17,6 @@ from grutrace.view.live.engine.site_view import SiteView
 from grutrace.view.live.engine.stretches import Condition, Stretch, units_on
 from grutrace.view.live.listeners import Listeners
 from grutrace.view.live.match_list import MatchList
-
-if TYPE_CHECKING:
-    from bokeh.events import SelectionGeometry, Tap
 
 #: Units that the text of found units lists.
 MAX_UNITS = 64
@@ -77,7 +75,7 @@ class StretchPanel:
         listeners.on(widgets.units, "value", self._read_units)
         listeners.on(widgets.least, "value", changed)
         widgets.find.on_click(self.toggle_search)
-        self.matches.figure.on_event(bk.Tap, self._go_to_match)
+        self.matches.figure.on_event(events.Tap, self._go_to_match)
 
     # Marking
 
@@ -86,7 +84,7 @@ class StretchPanel:
         """When a unit is on."""
         return Condition(float(self._widgets.threshold.value), self._widgets.above.active == 0)
 
-    def select(self, event: SelectionGeometry) -> None:
+    def select(self, event: events.SelectionGeometry) -> None:
         """Mark what was dragged over."""
         view, geometry = self.view, event.geometry
         if not event.final or view is None or not len(view.axis):
@@ -289,7 +287,7 @@ class StretchPanel:
             text += " Click one to go there."
         self._widgets.progress.text = text
 
-    def _go_to_match(self, event: Tap) -> None:
+    def _go_to_match(self, event: events.Tap) -> None:
         match = self.matches.match_at(event.y) if event.y is not None else None
         if match is None or self.view is None:
             return

@@ -6,15 +6,11 @@ Texts of a trace are drawn on a canvas, never as elements of the page.
 from __future__ import annotations
 
 import zlib
-from typing import TYPE_CHECKING
 
-from grutrace.view.live import bokeh_names as bk
+from bokeh import models, palettes, plotting
+
 from grutrace.view.live.engine.site_view import SiteView
 from grutrace.view.live.picture import inner_size, prepare_ticks, set_ticks
-
-if TYPE_CHECKING:
-    from bokeh.models import Range1d
-
 
 #: Most labels that are shown, and pixels of a row of labels.
 MAX_LABELS, LABEL_HEIGHT = 4, 22
@@ -39,12 +35,12 @@ class TokenStrip:
         figure: The figure of bokeh.
     """
 
-    def __init__(self, x_range: Range1d) -> None:
+    def __init__(self, x_range: models.Range1d) -> None:
         columns = ("x", "y", "text", "angle", "colour")
-        self._tokens = bk.ColumnDataSource({name: [] for name in columns})
-        self._labels = bk.ColumnDataSource({name: [] for name in columns})
-        self._y_range = bk.Range1d(0, 1)
-        self.figure = bk.figure(
+        self._tokens = models.ColumnDataSource({name: [] for name in columns})
+        self._labels = models.ColumnDataSource({name: [] for name in columns})
+        self._y_range = models.Range1d(0, 1)
+        self.figure = plotting.figure(
             x_range=x_range,
             y_range=self._y_range,
             height=FRAME + TOKEN_HEIGHT,
@@ -56,7 +52,7 @@ class TokenStrip:
             min_border_left=64,
             name="tokens",
         )
-        self.select = bk.BoxSelectTool(dimensions="width", persistent=False)
+        self.select = models.BoxSelectTool(dimensions="width", persistent=False)
         self.figure.add_tools(self.select)
         self.figure.toolbar.active_drag = self.select
         self.figure.grid.visible = False
@@ -70,7 +66,7 @@ class TokenStrip:
         style = {"text_align": "center", "text_baseline": "middle", "text_font_size": "12px"}
         self.figure.text("x", "y", "text", source=self._labels, **style)
         self.figure.text("x", "y", "text", angle="angle", source=self._tokens, **style)
-        self.mark = bk.BoxAnnotation(
+        self.mark = models.BoxAnnotation(
             left=0, right=0, fill_alpha=0.2, fill_color="#ff7f0e", line_color=None, visible=False
         )
         self.figure.add_layout(self.mark)
@@ -133,5 +129,5 @@ class TokenStrip:
 
 def label_colour(value: str) -> str:
     """Return the colour of a label: a value has the same colour everywhere."""
-    light = bk.Category20_20[1::2]
+    light = palettes.Category20_20[1::2]
     return str(light[zlib.crc32(value.encode()) % len(light)])

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
+from bokeh import models, palettes, plotting
 
-from grutrace.view.live import bokeh_names as bk
 from grutrace.view.live.engine.site_view import SiteView
-
-if TYPE_CHECKING:
-    from bokeh.models import Range1d
-
 
 #: Most units whose lines are drawn, and most steps.
 MAX_UNITS, MAX_STEPS = 24, 2000
@@ -28,10 +23,10 @@ class UnitLines:
         figure: The figure of bokeh.
     """
 
-    def __init__(self, x_range: Range1d) -> None:
-        self._source = bk.ColumnDataSource({"xs": [], "ys": [], "colour": []})
-        self._y_range = bk.Range1d(0, 1)
-        self.figure = bk.figure(
+    def __init__(self, x_range: models.Range1d) -> None:
+        self._source = models.ColumnDataSource({"xs": [], "ys": [], "colour": []})
+        self._y_range = models.Range1d(0, 1)
+        self.figure = plotting.figure(
             x_range=x_range,
             y_range=self._y_range,
             height=130,
@@ -50,9 +45,9 @@ class UnitLines:
         self.figure.multi_line(
             "xs", "ys", line_color="colour", line_width=1.5, line_alpha=0.85, source=self._source
         )
-        self._threshold = bk.Span(dimension="width", line_color="#444444", line_dash="dashed")
+        self._threshold = models.Span(dimension="width", line_color="#444444", line_dash="dashed")
         self.figure.add_layout(self._threshold)
-        self.mark = bk.BoxAnnotation(
+        self.mark = models.BoxAnnotation(
             left=0, right=0, fill_alpha=0.12, fill_color="#ff7f0e", line_color=None, visible=False
         )
         self.figure.add_layout(self.mark)
@@ -78,7 +73,7 @@ class UnitLines:
                 "xs": [xs[part] for _ in units for part in parts],
                 "ys": [values[part, column] for column in range(len(units)) for part in parts],
                 "colour": [
-                    bk.Colorblind8[column % len(bk.Colorblind8)]
+                    palettes.Colorblind8[column % len(palettes.Colorblind8)]
                     for column in range(len(units))
                     for _ in parts
                 ],
