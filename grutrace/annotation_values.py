@@ -1,16 +1,19 @@
 """Parse tokens and labels: texts, numbers and token ids of Python, NumPy, pandas and torch.
 
+`match_modules` finds the modules that a user gives values for.
+
 They become lists of Python texts or numbers, one per sequence. B sequences in a batch, T steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
+from fnmatch import fnmatchcase
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from grutrace.errors import OptionError, short_repr
+from grutrace.errors import OptionError, join_names, short_repr
 
 #: Texts, numbers, or arrays and tensors of them, for each sequence of a batch: one value per step,
 #: or one value for all steps.
@@ -106,3 +109,24 @@ def _to_python(value: Any) -> Any:
     if isinstance(value, (bytes, bytearray, Mapping, Set)) or not isinstance(value, Iterable):
         return value
     return [_to_python(item) for item in value]
+
+
+def match_modules(paths: Sequence[str], module: str | None) -> list[int]:
+    """Return the indices of the modules that values are for.
+
+    Args:
+        paths: Paths of the modules of the trace.
+        module: Path, or glob, of the modules. None for all.
+
+    Raises:
+        OptionError: No module has such a path.
+    """
+    indices = [
+        index
+        for index, path in enumerate(paths)
+        if module is None or path == module or fnmatchcase(path, module)
+    ]
+    if not indices:
+        known = join_names(map(repr, paths))
+        raise OptionError(f"module: {short_repr(module)} matches none of the modules: {known}")
+    return indices

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import reprlib
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import wraps
@@ -244,6 +244,28 @@ def suggest_name(name: str, allowed: Iterable[str]) -> str:
     """Return a "did you mean" question with the most similar allowed name; empty without one."""
     close = get_close_matches(name, list(allowed), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def require_options(
+    what: str, names: Collection[str], options: Collection[str], required: Iterable[str]
+) -> None:
+    """Require that the options which a user gave on the command line fit what they are given to.
+
+    Args:
+        what: What takes the options.
+        names: Names of the options that the user gave.
+        options: Names of the options that it takes.
+        required: Those that it needs.
+
+    Raises:
+        OptionError: An option is not one of `options`, or one of `required` is missing.
+    """
+    for name in names:
+        if name not in options:
+            raise OptionError(f"{what} takes no --{name}")
+    for name in required:
+        if name not in names:
+            raise OptionError(f"{what} needs --{name}")
 
 
 def require_one_of(option: str, value: object, allowed: Sequence[str]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib import import_module
 
 from grutrace.analysis.engine.result import Result
-from grutrace.errors import OptionError, short_repr
+from grutrace.errors import OptionError, require_options, short_repr
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,7 @@ class AnalysisSpec:
         Raises:
             OptionError: An option is not one of `options`, or one of `required` is missing.
         """
-        for name in names:
-            if name not in self.options:
-                raise OptionError(f"{self.name} takes no --{name}")
-        for name in self.required:
-            if name not in names:
-                raise OptionError(f"{self.name} needs --{name}")
+        require_options(self.name, names, self.options, self.required)
 
     def load(self) -> Callable[..., Result]:
         """Import the module of the function and return the function."""

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from grutrace.errors import OptionError, short_repr
+from grutrace.errors import OptionError, StateError, join_names, short_repr
 from grutrace.records import LOG_PREFIX, Array, ModuleInfo, is_log_name
 
 #: Longest time in seconds that a call waits for values. Later calls wait behind it.
@@ -89,6 +89,10 @@ class LoggedValues:
         steps, batch = int(self._lengths.max(initial=0)), len(self._lengths)
         return (batch, steps) if self._module.batch_first else (steps, batch)
 
+    def width(self, name: str) -> int:
+        """Return n, the number of values per step of a name."""
+        return self._widths[name]
+
     def has(self, name: str) -> bool:
         """Return whether there are values of this name."""
         return name in self._rows
@@ -146,6 +150,49 @@ class LoggedValues:
             else np.full((count, width), np.nan, self._module.dtype)
             for name, width in self._widths.items()
         }
+
+
+def set_logged(name: str, values: Array, calls: Mapping[str, LoggedValues]) -> None:
+    """Set the values of a name for those calls that they fit.
+
+    Args:
+        name: The name.
+        values: As `as_numbers` returns them.
+        calls: The latest call of each module, by the path of the module.
+
+    Raises:
+        OptionError: The values fit none of the calls.
+        StateError: There is no call, or none takes values of this name any more.
+    """
+    waiting = {path: call for path, call in calls.items() if not (call.is_stored or call.has(name))}
+    fitting = {
+        path: rows for path, call in waiting.items() if (rows := call.fit(name, values)) is not None
+    }
+    for path, rows in fitting.items():
+        waiting[path].set(name, rows)
+    if fitting:
+        return
+    if not calls:
+        raise StateError(f"log: no call was recorded yet that {name!r} can be logged for")
+    if not waiting:
+        reason = "has values of this name already"
+        if any(call.is_stored for call in calls.values()):
+            reason = (
+                "was stored already: log before the trace is read, flushed or annotated, and "
+                "before the recording block ends"
+            )
+        raise StateError(f"log: the latest call that {name!r} can be logged for {reason}")
+    width = next(iter(waiting.values())).width(name)
+    shapes = [
+        f"{(*call.shape, width) if width > 1 else call.shape} for the latest call of "
+        f"{path or 'the model'}"
+        for path, call in waiting.items()
+    ]
+    hint = f". For n values per step, declare log={{{name!r}: n}}" if width == 1 else ""
+    raise OptionError(
+        f"log: expected values of shape {join_names(shapes)}; found {tuple(values.shape)} for "
+        f"{name!r}{hint}"
+    )
 
 
 def parse_log(value: Any) -> tuple[tuple[str, int], ...]:

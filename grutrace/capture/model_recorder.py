@@ -11,16 +11,16 @@ import os
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from fnmatch import fnmatchcase
 from itertools import count
 from typing import Any
 
 from torch import nn
 
+from grutrace.annotation_values import match_modules
 from grutrace.capture.attachment import Attachment
 from grutrace.capture.kernel_calls.observation import KernelRun
 from grutrace.capture.kernel_calls.torch_context import SkippedCall
-from grutrace.capture.logged_values import LoggedValues, as_numbers
+from grutrace.capture.logged_values import as_numbers, set_logged
 from grutrace.capture.options import Options
 from grutrace.capture.recording.annotations import AnnotationValues, RecordedBatches
 from grutrace.capture.recording.guarded_sink import GuardedSink, LimitExceeded, RecordingLimits
@@ -40,7 +40,6 @@ from grutrace.capture.tracer_warnings import (
     warn_of_garbage_collection,
 )
 from grutrace.errors import OptionError, SinkError, StateError, join_names, short_repr
-from grutrace.records import Array
 
 
 class ModelRecorder:
@@ -335,14 +334,7 @@ class ModelRecorder:
                 f"log=({name!r},); declared: {join_names(names)}"
             )
         array = as_numbers(name, values)
-        indices = [
-            index
-            for index, info in enumerate(self._modules)
-            if module is None or info.path == module or fnmatchcase(info.path, module)
-        ]
-        if not indices:
-            paths = join_names(repr(info.path) for info in self._modules)
-            raise OptionError(f"module: {short_repr(module)} matches none of {paths}")
+        indices = match_modules([info.path for info in self._modules], module)
         if not self.is_recording:
             if self._has_stopped:
                 # What a limit or a failed sink leaves out has no values either.
@@ -354,45 +346,14 @@ class ModelRecorder:
         with self.journal.lock:
             called = [index for index in indices if self.journal.was_called(index)]
             open_calls = {
-                index: logged
+                self._modules[index].path: logged
                 for index in called
                 if (logged := self.journal.latest_logged(index)) is not None
             }
             if len(called) > len(open_calls) and not open_calls:
                 # The options leave these calls out.
                 return
-            self._log_to(name, array, open_calls)
-
-    def _log_to(self, name: str, array: Array, calls: Mapping[int, LoggedValues]) -> None:
-        waiting = {i: call for i, call in calls.items() if not (call.is_stored or call.has(name))}
-        fitting = {
-            i: rows for i, call in waiting.items() if (rows := call.fit(name, array)) is not None
-        }
-        for index, rows in fitting.items():
-            calls[index].set(name, rows)
-        if fitting:
-            return
-        if not calls:
-            raise StateError(f"log: no call was recorded yet that {name!r} can be logged for")
-        if not waiting:
-            reason = "has values of this name already"
-            if any(call.is_stored for call in calls.values()):
-                reason = (
-                    "was stored already: log before the trace is read, flushed or annotated, and "
-                    "before the recording block ends"
-                )
-            raise StateError(f"log: the latest call that {name!r} can be logged for {reason}")
-        width = dict(self._options.log)[name]
-        shapes = [
-            f"{(*call.shape, width) if width > 1 else call.shape} for the latest call of "
-            f"{self._modules[index].path or 'the model'}"
-            for index, call in waiting.items()
-        ]
-        hint = f". For n values per step, declare log={{{name!r}: n}}" if width == 1 else ""
-        raise OptionError(
-            f"log: expected values of shape {join_names(shapes)}; found {tuple(array.shape)} for "
-            f"{name!r}{hint}"
-        )
+            set_logged(name, array, open_calls)
 
     def clear(self, clear_rows: Callable[[], None]) -> None:
         """Drop all waiting calls and recorded batches, and count from 0 again.

@@ -16,55 +16,28 @@ from grutrace.storage.read.trace import Trace
 
 _PANEL = "Sequences"
 
+
+def _option(kind: Any, metavar: str, text: str) -> Any:
+    """Return the annotation of an option."""
+    option = typer.Option(metavar=metavar, help=text, rich_help_panel=_PANEL)
+    return Annotated[kind | None, option]
+
+
 _OPTIONS = {
-    "tag": Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="GLOB",
-            help="Those that began in a call with this tag. May be repeated.",
-            rich_help_panel=_PANEL,
-        ),
-    ],
-    "labelled": Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME[=GLOB]",
-            help="Those with this label at one of their steps. May be repeated.",
-            rich_help_panel=_PANEL,
-        ),
-    ],
-    "length": Annotated[
-        str | None,
-        typer.Option(
-            metavar="NUMBERS",
-            help="Those of this many steps: 12, or 10: for 10 or more.",
-            rich_help_panel=_PANEL,
-        ),
-    ],
-    "calls": Annotated[
-        str | None,
-        typer.Option(
-            metavar="NUMBERS",
-            help="Those that began in these calls: 0:100, or -100: for the last 100.",
-            rich_help_panel=_PANEL,
-        ),
-    ],
-    "tokens": Annotated[
-        str | None,
-        typer.Option(
-            metavar="GLOBS",
-            help="Those with such tokens in a row: 'the a*'. ^ is the start, $ the end.",
-            rich_help_panel=_PANEL,
-        ),
-    ],
-    "sequences": Annotated[
-        str | None,
-        typer.Option(
-            metavar="NUMBERS",
-            help="Those with these numbers: 3, or 0:10, or 1,5,7.",
-            rich_help_panel=_PANEL,
-        ),
-    ],
+    "tag": _option(list[str], "GLOB", "Those that began in a call with this tag. May be repeated."),
+    "labelled": _option(
+        list[str],
+        "NAME[=GLOB]",
+        "Those with this label at one of their steps. May be repeated.",
+    ),
+    "length": _option(str, "NUMBERS", "Those of this many steps: 12, or 10: for 10 or more."),
+    "calls": _option(
+        str, "NUMBERS", "Those that began in these calls: 0:100, or -100: for the last 100."
+    ),
+    "tokens": _option(
+        str, "GLOBS", "Those with such tokens in a row: 'the a*'. ^ is the start, $ the end."
+    ),
+    "sequences": _option(str, "NUMBERS", "Those with these numbers: 3, or 0:10, or 1,5,7."),
 }
 
 

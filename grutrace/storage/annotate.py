@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from fnmatch import fnmatchcase
 from itertools import groupby
 from numbers import Integral
 from pathlib import Path
 from typing import Any
 
-from grutrace.annotation_values import parse
+from grutrace.annotation_values import match_modules, parse
 from grutrace.errors import OptionError, SinkError, TraceFileError, join_names, short_repr
 from grutrace.records import MARK_PREFIX, AnnotationRecord, ModuleInfo
 from grutrace.storage.format.header import read_header
@@ -50,21 +49,15 @@ def annotation_records(
             for path, of_module in values.items()
             for record in annotation_records(name, of_module, modules, lengths, path)
         ]
-    numbers = [
-        number
-        for number, info in enumerate(modules)
-        if module is None or info.path == module or fnmatchcase(info.path, module)
-    ]
-    if not numbers:
-        paths = join_names(repr(info.path) for info in modules)
-        raise OptionError(f"module: {short_repr(module)} matches none of the modules: {paths}")
     fitting, reasons = list[AnnotationRecord](), list[str]()
+    numbers = match_modules([info.path for info in modules], module)
     for number in numbers:
         by_sequence, reason = _values_by_sequence(name, values, lengths[number])
         if reason is None:
             fitting += _records(name, number, by_sequence, lengths[number])
         else:
-            reasons.append(f"module {modules[number].path!r}: {reason}")
+            path = modules[number].path
+            reasons.append(f"{f'module {path!r}' if path else 'the model'}: {reason}")
     if len(reasons) == len(numbers):
         raise OptionError(f"{name}: {'; '.join(reasons)}")
     return fitting

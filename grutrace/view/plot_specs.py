@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from grutrace.errors import OptionError, require_one_of
+from grutrace.errors import require_one_of, require_options
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,7 @@ class PlotSpec:
         Raises:
             OptionError: An option is not one of `options`, or one of `required` is missing.
         """
-        for name in names:
-            if name not in self.options:
-                raise OptionError(f"the plot {self.name} takes no --{name}")
-        for name in self.required:
-            if name not in names:
-                raise OptionError(f"the plot {self.name} needs --{name}")
+        require_options(f"the plot {self.name}", names, self.options, self.required)
 
 
 #: Options of all pictures of one sequence.

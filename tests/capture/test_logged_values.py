@@ -269,7 +269,7 @@ def test_errors_say_what_was_expected() -> None:
                 trace.log("loss", wrong)
         with pytest.raises(OptionError, match=r"log: expected numbers of shape .*; found 'x'"):
             trace.log("loss", "x")
-        with pytest.raises(OptionError, match="module: 'z' matches none of ''"):
+        with pytest.raises(OptionError, match="module: 'z' matches none of the modules: ''"):
             trace.log("loss", torch.zeros(5, 4), module="z")
         trace.log("loss", torch.zeros(5, 4))
         with pytest.raises(StateError, match="has values of this name already"):

@@ -325,3 +325,11 @@ def test_a_wrong_file_is_one_line(name, text, message, tmp_path: Path, capsys) -
     assert message in error
     assert len(error.splitlines()) == 1
     assert (tmp_path / "run.h5").read_bytes() == before
+
+
+def test_a_message_names_a_model_that_is_a_layer_itself() -> None:
+    layer = nn.GRU(4, 3)
+    with grutrace.trace(layer) as trace:
+        layer(torch.randn(5, 2, 4))
+    with pytest.raises(grutrace.OptionError, match="pos: the model: expected values for 2 seq"):
+        trace.annotate(labels={"pos": [["a"]]})

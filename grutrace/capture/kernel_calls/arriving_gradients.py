@@ -20,10 +20,28 @@ from torch.amp import GradScaler
 
 from grutrace.capture.kernel_calls.gradient_edges import GradientEdges
 from grutrace.capture.kernel_calls.observation import KernelRun
+from grutrace.capture.kernel_calls.torch_context import is_checkpoint_forward
 from grutrace.gru.layout import SequenceLayout
 
 #: Key of the gradient of the final states. The other keys are the numbers of the layers.
 _FINAL = -1
+
+_LATE = (
+    "gradients arrived at a call of {} that was already stored, and are not recorded: read, flush "
+    "and close the trace after backward(). (Tokens of a recording block are stored at its end)"
+)
+_NOT_IN_GRAPH = (
+    "no gradients are recorded of the lower layers of {}: they ran apart from the model's forward. "
+    "Pass stacks='split', and give other tracers of this model no stacks='rerun'"
+)
+_SET = (
+    "no gradients are recorded of a call of {} whose gates an intervention set: the backward pass "
+    "of a GRU does not hold for them"
+)
+_CHECKPOINTED = (
+    "no gradients are recorded of a call of {} in a reentrant activation checkpoint, whose forward "
+    "has no graph: pass use_reentrant=False to torch.utils.checkpoint.checkpoint"
+)
 
 
 class ArrivingGradients:
@@ -110,3 +128,28 @@ class ArrivingGradients:
             rows = torch.from_numpy(steps.final_rows(reverse=reverse)).to(states.device)
             states = states.index_add(0, rows, final.to(states.dtype))
         return steps.from_kernel_rows(states)
+
+
+def collect_gradients(
+    run: KernelRun, path: str, scaler: GradScaler | None, report: Callable[[str], None]
+) -> ArrivingGradients:
+    """Collect the gradients that will arrive at a call that has just run.
+
+    Args:
+        run: The call.
+        path: Path of its module.
+        scaler: As for `ArrivingGradients`.
+        report: Called with a sentence for each reason why gradients are missing.
+    """
+    path = path or "the model"
+    if any(run.gates_as_set or ()):
+        report(_SET.format(path))
+        gradients = ArrivingGradients(run, lambda: None)
+        gradients.store()
+        return gradients
+    gradients = ArrivingGradients(run, partial(report, _LATE.format(path)), scaler)
+    if not gradients.is_complete:
+        report(_NOT_IN_GRAPH.format(path))
+    elif not torch.is_grad_enabled() and is_checkpoint_forward():
+        report(_CHECKPOINTED.format(path))
+    return gradients

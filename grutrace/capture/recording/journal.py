@@ -18,19 +18,14 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 
-from grutrace.capture.kernel_calls.arriving_gradients import ArrivingGradients
+from grutrace.capture.kernel_calls.arriving_gradients import collect_gradients
 from grutrace.capture.kernel_calls.observation import KernelRun
-from grutrace.capture.kernel_calls.torch_context import (
-    is_checkpoint_forward,
-    isolated_context,
-    isolated_copy_context,
-)
+from grutrace.capture.kernel_calls.torch_context import isolated_context, isolated_copy_context
 from grutrace.capture.logged_values import LoggedValues
 from grutrace.capture.recording.annotations import RecordedBatches, recorded_call
 from grutrace.capture.recording.guarded_sink import GuardedSink
@@ -66,24 +61,6 @@ IDLE_SECONDS = 0.4
 
 #: A call with more bytes to copy is recorded at once.
 LARGE_CALL = 1024 * 1024
-
-
-_LATE = (
-    "gradients arrived at a call of {} that was already stored, and are not recorded: read, flush "
-    "and close the trace after backward(). (Tokens of a recording block are stored at its end)"
-)
-_NOT_IN_GRAPH = (
-    "no gradients are recorded of the lower layers of {}: they ran apart from the model's forward. "
-    "Pass stacks='split', and give other tracers of this model no stacks='rerun'"
-)
-_SET = (
-    "no gradients are recorded of a call of {} whose gates an intervention set: the backward pass "
-    "of a GRU does not hold for them"
-)
-_CHECKPOINTED = (
-    "no gradients are recorded of a call of {} in a reentrant activation checkpoint, whose forward "
-    "has no graph: pass use_reentrant=False to torch.utils.checkpoint.checkpoint"
-)
 
 
 class SkippedCallNotice(NamedTuple):
@@ -197,7 +174,10 @@ class Journal:
             Whether the journal must be drained now.
         """
         recorder, kind, now = self._recorders[module], run.device, time.time()
-        gradients = self._arriving_gradients(recorder, run)
+        gradients = None
+        if recorder.records_gradients:
+            path, scaler = recorder.description.path, recorder.grad_scaler
+            gradients = collect_gradients(run, path, scaler, self.findings.append)
         logged = self._new_logged(module, run)
         waits = gradients is not None or logged is not None or run.nbytes <= self._largest
         autocast = None
@@ -261,28 +241,6 @@ class Journal:
         """Return whether this thread has called a module, recorded or not."""
         return (module, threading.get_ident()) in self._logged
 
-    def _arriving_gradients(
-        self, recorder: ModuleRecorder, run: KernelRun
-    ) -> ArrivingGradients | None:
-        """Collect the gradients that will arrive at a call, if they are recorded."""
-        if not recorder.records_gradients:
-            return None
-        path = recorder.description.path or "the model"
-        findings = self.findings
-        if any(run.gates_as_set or ()):
-            findings.append(_SET.format(path))
-            gradients = ArrivingGradients(run, lambda: None)
-            gradients.store()
-            return gradients
-        gradients = ArrivingGradients(
-            run, partial(findings.append, _LATE.format(path)), recorder.grad_scaler
-        )
-        if not gradients.is_complete:
-            findings.append(_NOT_IN_GRAPH.format(path))
-        elif not torch.is_grad_enabled() and is_checkpoint_forward():
-            findings.append(_CHECKPOINTED.format(path))
-        return gradients
-
     def _add_to_series(
         self,
         module: int,
@@ -329,9 +287,7 @@ class Journal:
             keep_waiting: Whether to leave out calls that wait for a backward pass, and all calls
                 after the first of them.
         """
-        if not self._entries:
-            return False
-        return bool(self._due_entries(keep_waiting=keep_waiting))
+        return bool(self._due_entries(keep_waiting=True) if keep_waiting else self._entries)
 
     def _due_entries(self, *, keep_waiting: bool) -> tuple[_Entry | SeriesGroup, ...]:
         entries = tuple(self._entries)

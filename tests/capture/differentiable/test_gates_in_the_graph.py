@@ -177,14 +177,20 @@ class Decoder(nn.Module):
         return states
 
 
-@pytest.mark.parametrize("kind", ["cell", "layer"])
-@pytest.mark.parametrize("detach", [False, True], ids=["attached", "detached"])
-def test_a_decoder_step_by_step(kind: str, detach: bool) -> None:
+def make_decoder(kind: str) -> tuple[Decoder, int, Tensor, Tensor]:
+    """Return a decoder in float64, its number of layers, its first input and its initial state."""
     torch.manual_seed(0)
     model = Decoder(kind).double()
     layers = 1 if kind == "cell" else 2
     x = torch.randn(2, 3, dtype=torch.float64)
     h = torch.randn(*(() if kind == "cell" else (2,)), 2, 3, dtype=torch.float64)
+    return model, layers, x, h
+
+
+@pytest.mark.parametrize("kind", ["cell", "layer"])
+@pytest.mark.parametrize("detach", [False, True], ids=["attached", "detached"])
+def test_a_decoder_step_by_step(kind: str, detach: bool) -> None:
+    model, layers, x, h = make_decoder(kind)
     with grutrace.trace(model, differentiable=True, check="raise") as trace:
         loss = torch.stack([state.pow(3).sum() for state in model(x, h, 5, detach=detach)]).sum()
     expected_loss, steps = decoder_loop(model, x, h, 5, layers, detach=detach)

@@ -27,9 +27,9 @@ from tests.capture.differentiable.lattice import (
 )
 from tests.capture.differentiable.test_differentiable_trace import FORMS, InPlace
 from tests.capture.differentiable.test_gates_in_the_graph import (
-    Decoder,
     decoder_loop,
     gradient_of,
+    make_decoder,
 )
 
 TOLERANCE = 1e-10
@@ -97,11 +97,7 @@ def test_the_models_gradients_are_the_same_bits(kind: Kind) -> None:
 @pytest.mark.parametrize("kind", ["cell", "layer"])
 @pytest.mark.parametrize("detach", [False, True], ids=["attached", "detached"])
 def test_a_decoder_step_by_step(kind: str, detach: bool) -> None:
-    torch.manual_seed(0)
-    model = Decoder(kind).double()
-    layers = 1 if kind == "cell" else 2
-    x = torch.randn(2, 3, dtype=torch.float64)
-    h = torch.randn(*(() if kind == "cell" else (2,)), 2, 3, dtype=torch.float64)
+    model, layers, x, h = make_decoder(kind)
     with grutrace.trace(model, record=RECORD) as trace:
         states = model(x, h, 5, detach=detach)
         torch.stack([state.pow(3).sum() for state in states]).sum().backward()
