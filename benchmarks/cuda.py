@@ -10,10 +10,11 @@ writer needs after the model's call is not part of it.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,18 @@ def table(rows: list[Row], versions: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def write(path: Path, rows: list[Row], versions: dict[str, Any]) -> None:
+    """Write the table, and the rows as JSON beside it."""
+    found = {"versions": versions, "rows": [asdict(row) for row in rows]}
+    for target, text in (
+        (path, table(rows, versions)),
+        (path.with_suffix(".json"), json.dumps(found, default=str, indent=2) + "\n"),
+    ):
+        temporary = target.with_name(target.name + ".part")
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(target)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command, and return its exit code: 0, or 2 without the device."""
     parser = argparse.ArgumentParser(
@@ -124,7 +137,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--device", default="cuda", help="device to measure (default: cuda)")
     parser.add_argument("--pairs", type=int, default=PAIRS, help="pairs of runs per figure")
-    parser.add_argument("--output", type=Path, help="file to write the table to")
+    parser.add_argument(
+        "--output", type=Path, help="file to write the table to, with the rows as JSON beside it"
+    )
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -138,9 +153,10 @@ def main(arguments: list[str] | None = None) -> int:
         for row in measure(workload, options.pairs):
             print(f"{row.layer}: {row.tracing}: {row.median:.2f}", flush=True)
             rows.append(row)
-    if options.output is not None:
-        options.output.write_text(table(rows, versions), encoding="utf-8")
-    else:
+            if options.output is not None:
+                # After each row, so that a run that is stopped leaves what it measured.
+                write(options.output, rows, versions)
+    if options.output is None:
         print(table(rows, versions))
     return 0
 

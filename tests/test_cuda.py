@@ -1,8 +1,12 @@
-"""Tests on a CUDA device, skipped without one. Not run yet: see docs/support.md."""
+"""Tests on a CUDA device, skipped without one. Not run yet: see docs/support.md.
+
+GRUTRACE_TEST_DEVICE=cpu puts a CPU in the device's place, to try the tests themselves.
+"""
 
 from __future__ import annotations
 
 import copy
+import os
 
 import pytest
 import torch
@@ -12,9 +16,13 @@ import grutrace
 from grutrace.analysis.verification.verify import verify
 from tests.checks import EVERYTHING, same_result
 
+DEVICE = os.environ.get("GRUTRACE_TEST_DEVICE", "cuda")
+
 pytestmark = [
     pytest.mark.cuda,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+    pytest.mark.skipif(
+        DEVICE == "cuda" and not torch.cuda.is_available(), reason="there is no CUDA device"
+    ),
 ]
 
 LAYERS = {
@@ -30,8 +38,8 @@ LAYERS = {
 @pytest.mark.parametrize("kind", LAYERS)
 def test_a_traced_call_is_untouched_and_verifies(kind, dtype, gates, tmp_path) -> None:
     torch.manual_seed(0)
-    layer = LAYERS[kind]().to("cuda", dtype)
-    x = torch.randn((30, 5) if kind == "cell" else (6, 30, 5), device="cuda", dtype=dtype)
+    layer = LAYERS[kind]().to(DEVICE, dtype)
+    x = torch.randn((30, 5) if kind == "cell" else (6, 30, 5), device=DEVICE, dtype=dtype)
     expected = copy.deepcopy(layer)(x)
     path = tmp_path / "run.h5"
     with grutrace.trace(layer, path, record=EVERYTHING, gates=gates, check="raise") as trace:
@@ -46,8 +54,14 @@ def test_a_traced_call_is_untouched_and_verifies(kind, dtype, gates, tmp_path) -
 def test_values_changed_right_after_the_call_are_recorded_unchanged(tmp_path) -> None:
     """Copies run beside the model's stream, which may reuse the memory at once."""
     torch.manual_seed(0)
-    layer, x = nn.GRU(64, 256).cuda(), torch.randn(200, 64, 64, device="cuda")
-    layer.register_forward_hook(lambda *arguments: arguments[-1][0].zero_() and None)
+    layer, x = nn.GRU(64, 256).to(DEVICE), torch.randn(200, 64, 64, device=DEVICE)
+
+    def clear(
+        _layer: nn.Module, _inputs: object, result: tuple[torch.Tensor, torch.Tensor]
+    ) -> None:
+        result[0].zero_()
+
+    layer.register_forward_hook(clear)
     with (
         torch.no_grad(),
         grutrace.trace(layer, tmp_path / "run.h5", record=EVERYTHING, gates="background") as trace,

@@ -1,52 +1,33 @@
 #!/usr/bin/env bash
-# Run the CUDA tests and a short benchmark on a machine with a CUDA device.
+# Check grutrace on a machine with a CUDA device, within 6 minutes, without an index.
 #
-#     bash tools/device_check.sh [FOLDER]
+#     bash tools/device_check.sh [FOLDER [WHEELS]]
 #
-# Uses the active Python, which needs torch with CUDA and the packages of the extra "test". Writes
-# FOLDER/device.md (a summary), FOLDER/tests.log and FOLDER/benchmark.md. FOLDER defaults to $OUT, or
-# to ./device_check without it. Exit codes: 0 all tests passed, 1 a test or the benchmark failed,
-# 2 no CUDA device.
+# Uses the torch of the active Python. WHEELS is a folder made by tools/device_wheels.sh with what that
+# Python lacks; without it, that Python needs h5py, hypothesis, numpy, pytest and typer. Runs
+# tests/test_cuda.py, traces a small model and times tracing against cuDNN. Writes FOLDER/device.json
+# and FOLDER/device.md as it goes, and the output of each step beside them. FOLDER defaults to $OUT, or
+# to ./device_check without it. DEVICE=cpu tries the check itself. Exit codes: 0 all passed, 1 something
+# failed or ran out of time, 2 there is no such device or a package is missing.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
 python=${PYTHON:-python3}
 folder=${1:-${OUT:-device_check}}
+wheels=${2:-}
 mkdir -p "$folder" || exit 2
-export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 
-if ! device=$("$python" -c '
-import sys, torch
-if not torch.cuda.is_available():
-    sys.exit("torch %s finds no CUDA device" % torch.__version__)
-p = torch.cuda.get_device_properties(0)
-print("%s, %d GiB, torch %s, CUDA %s, cuDNN %s" % (
-    p.name, p.total_memory >> 30, torch.__version__, torch.version.cuda,
-    torch.backends.cudnn.version()))
-'); then
-    echo "error: expected a CUDA device" >&2
-    exit 2
+if [ -n "$wheels" ]; then
+    environment=$(mktemp -d)
+    trap 'rm -rf "$environment"' EXIT
+    "$python" -m venv "$environment" || exit 2
+    # --system-site-packages would miss a torch that is in a virtual environment itself.
+    "$python" -c 'import sys; print(*(p for p in sys.path if p.endswith("-packages")), sep="\n")' \
+        >"$("$environment/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch.pth"
+    python=$environment/bin/python
+    "$python" -m pip install --quiet --no-index --find-links "$wheels" \
+        "h5py>=3.10" "numpy>=1.26" "pytest>=8,<9.2" "typer>=0.12" "hypothesis>=6.100" || exit 2
 fi
-echo "device: $device"
-
-tests=passed
-"$python" -m pytest -q -p no:cacheprovider -m cuda tests/test_cuda.py 2>&1 | tee "$folder/tests.log"
-[ "${PIPESTATUS[0]}" -eq 0 ] || tests=FAILED
-
-benchmark=done
-"$python" -m benchmarks.cuda --pairs 5 --output "$folder/benchmark.md" || benchmark=FAILED
-
-{
-    echo "# Check on a CUDA device"
-    echo
-    echo "- device: $device"
-    echo "- commit: $(git rev-parse --short HEAD 2>/dev/null || echo unknown)"
-    echo "- tests/test_cuda.py: $tests ($(tail -n 1 "$folder/tests.log"))"
-    echo "- benchmark: $benchmark"
-    echo
-    if [ -f "$folder/benchmark.md" ]; then
-        cat "$folder/benchmark.md"
-    fi
-} >"$folder/device.md"
-echo "report: $folder/device.md"
-[ "$tests" = passed ] && [ "$benchmark" = "done" ]
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+# Not exec, so that the environment is removed.
+timeout --kill-after=5 350 "$python" -m tools.device_check "$folder" --device "${DEVICE:-cuda}"
