@@ -32,6 +32,7 @@ from benchmarks.about import about
 from benchmarks.figures import Figure
 from benchmarks.pairs import BUDGET, FEWEST, LIMIT, PAIRS
 from benchmarks.report import Report, Table
+from benchmarks.text_files import replace_text
 from benchmarks.workloads import Workload, all_workloads
 
 #: Sections that measure each workload. Peers come last: some change torch when they are imported.
@@ -127,8 +128,8 @@ def main() -> None:
 
     def save() -> None:
         text = json.dumps(report.as_json(), indent=2)
-        (arguments.output / "benchmark.json").write_text(text + "\n", encoding="utf-8")
-        (arguments.output / "benchmark.md").write_text(report.markdown(), encoding="utf-8")
+        replace_text(arguments.output / "benchmark.json", text + "\n")
+        replace_text(arguments.output / "benchmark.md", report.markdown())
 
     began = time.perf_counter()
     run(report, arguments.only, arguments.budget, arguments.limit, save)

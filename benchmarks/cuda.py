@@ -23,6 +23,7 @@ from torch import nn
 
 from benchmarks.about import about
 from benchmarks.pairs import PAIRS, ratio
+from benchmarks.text_files import replace_text
 from benchmarks.tracings import TRACINGS, traced
 from benchmarks.workloads import Workload
 
@@ -121,13 +122,8 @@ def table(rows: list[Row], versions: dict[str, Any]) -> str:
 def write(path: Path, rows: list[Row], versions: dict[str, Any]) -> None:
     """Write the table, and the rows as JSON beside it."""
     found = {"versions": versions, "rows": [asdict(row) for row in rows]}
-    for target, text in (
-        (path, table(rows, versions)),
-        (path.with_suffix(".json"), json.dumps(found, default=str, indent=2) + "\n"),
-    ):
-        temporary = target.with_name(target.name + ".part")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(target)
+    replace_text(path, table(rows, versions))
+    replace_text(path.with_suffix(".json"), json.dumps(found, default=str, indent=2) + "\n")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -15,7 +15,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -23,6 +22,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
+
+from benchmarks.text_files import replace_text
 
 #: Seconds for all steps together.
 SECONDS = 340
@@ -117,7 +118,7 @@ def write(folder: Path, versions: dict[str, str], steps: list[Step]) -> None:
     rows = folder / "benchmark.json"
     if rows.exists():
         found["benchmark"] = json.loads(rows.read_text(encoding="utf-8"))
-    replace(folder / "device.json", json.dumps(found, indent=2) + "\n")
+    replace_text(folder / "device.json", json.dumps(found, indent=2) + "\n")
     lines = ["# Check on a device", ""]
     lines += [f"- {name}: {value}" for name, value in versions.items()]
     lines += ["", "| step | result | seconds | last line |", "|---|---|---|---|"]
@@ -125,16 +126,7 @@ def write(folder: Path, versions: dict[str, str], steps: list[Step]) -> None:
     table = folder / "benchmark.md"
     if table.exists():
         lines += ["", table.read_text(encoding="utf-8")]
-    replace(folder / "device.md", "\n".join(lines) + "\n")
-
-
-def replace(path: Path, text: str) -> None:
-    """Write a file so that a killed check leaves the old text or the new one."""
-    with tempfile.NamedTemporaryFile(
-        "w", dir=path.parent, delete=False, encoding="utf-8"
-    ) as temporary:
-        temporary.write(text)
-    os.replace(temporary.name, path)
+    replace_text(folder / "device.md", "\n".join(lines) + "\n")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -5,9 +5,9 @@
 #
 # Uses the torch of the active Python. WHEELS is a folder made by tools/device_wheels.sh with what that
 # Python lacks; without it, that Python needs grutrace with its extra test. Runs tests/test_cuda.py,
-# traces a small model and times tracing against cuDNN. Writes FOLDER/device.json
-# and FOLDER/device.md as it goes, and the output of each step beside them. FOLDER defaults to $OUT, or
-# to ./device_check without it. DEVICE=cpu tries the check itself. Exit codes: 0 all passed, 1 something
+# traces a small model and times tracing against cuDNN. Writes FOLDER/device.json and FOLDER/device.md
+# as it goes, and the output of each step beside them. FOLDER defaults to $OUT, or to ./device_check
+# without it. DEVICE=cpu tries the check itself. Exit codes: 0 all passed, 1 something
 # failed or ran out of time, 2 there is no such device or a package is missing.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -26,7 +26,7 @@ if [ -n "$wheels" ]; then
         >"$("$environment/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch.pth"
     python=$environment/bin/python
     "$python" -m pip install --quiet --no-index --find-links "$wheels" \
-        "h5py>=3.10" "numpy>=1.26" "pytest>=8,<9.2" "typer>=0.12" "hypothesis>=6.100" || exit 2
+        -r tools/device_requirements.txt || exit 2
     # In place and with its version, compiled where the machine has a compiler.
     "$python" -m pip install --quiet --no-index --find-links "$wheels" --no-deps -e . || exit 2
 fi

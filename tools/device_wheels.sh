@@ -19,11 +19,9 @@ platforms=()
 for glibc in 2_17 2_27 2_28; do
     platforms+=(--platform "manylinux_${glibc}_x86_64")
 done
-# What tests/test_cuda.py, benchmarks/cuda.py and their imports need, and what builds grutrace. numpy is
-# no dependency of torch.
 "$python" -m pip download --quiet --dest "$folder" --only-binary=:all: \
     --python-version "$version" "${platforms[@]}" --platform manylinux2014_x86_64 \
-    "h5py>=3.10" "numpy>=1.26" "pytest>=8,<9.2" "typer>=0.12" "hypothesis>=6.100" "setuptools>=77"
+    -r tools/device_requirements.txt
 
 size=$(du -sm "$folder" | cut -f1)
 if [ "$size" -gt "$limit_mib" ]; then
