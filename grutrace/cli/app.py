@@ -2,38 +2,40 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from functools import cache
-from importlib import metadata
+from importlib import import_module, metadata
 from typing import Annotated
 
 import numpy as np
 import typer
 
 from grutrace.cli.common import EXIT_ERROR
-from grutrace.cli.convert import derive, export
-from grutrace.cli.diff import diff
-from grutrace.cli.info import info
-from grutrace.cli.labels.annotate import annotate
-from grutrace.cli.merge import merge
 from grutrace.cli.output import echo
-from grutrace.cli.pictures.plot import plot, report
-from grutrace.cli.pictures.view import view
-from grutrace.cli.recover import recover
-from grutrace.cli.run import run
-from grutrace.cli.stats import stats
-from grutrace.cli.verify import verify
 from grutrace.errors import GrutraceError
 from grutrace.native.library import instruction_set
 from grutrace.storage.hdf5.safe_open import disable_plugins
 
-app = typer.Typer(
-    help="Trace the GRUs of a running PyTorch model, and read traces.",
-    epilog="Exit codes: 0 yes or success, 1 no (verify, diff, recover), 2 error.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+#: Module of each command, in the order of the help. The function has the command's name.
+COMMANDS = {
+    "run": "grutrace.cli.run",
+    "info": "grutrace.cli.info",
+    "stats": "grutrace.cli.stats",
+    "plot": "grutrace.cli.pictures.plot",
+    "report": "grutrace.cli.pictures.plot",
+    "view": "grutrace.cli.pictures.view",
+    "verify": "grutrace.cli.verify",
+    "diff": "grutrace.cli.diff",
+    "annotate": "grutrace.cli.labels.annotate",
+    "derive": "grutrace.cli.convert",
+    "export": "grutrace.cli.convert",
+    "merge": "grutrace.cli.merge",
+    "recover": "grutrace.cli.recover",
+}
+
+#: Settings of commands that Typer does not have by default.
+_SETTINGS = {"run": {"allow_interspersed_args": False}}
 
 
 def _print_version(requested: bool) -> None:
@@ -42,7 +44,6 @@ def _print_version(requested: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def _global_options(
     version: Annotated[
         bool,
@@ -57,27 +58,29 @@ def _global_options(
     pass
 
 
-# The help lists the commands in this order. Every command loads what this module imports, so heavy
-# imports belong inside the functions of the commands.
-app.command(context_settings={"allow_interspersed_args": False})(run)
-app.command()(info)
-app.command()(stats)
-app.command()(plot)
-app.command()(report)
-app.command()(view)
-app.command()(verify)
-app.command()(diff)
-app.command()(annotate)
-app.command()(derive)
-app.command()(export)
-app.command()(merge)
-app.command()(recover)
+def make_app(names: Sequence[str] = tuple(COMMANDS)) -> typer.Typer:
+    """Return the application with these commands. Only their modules are imported."""
+    app = typer.Typer(
+        help="Trace the GRUs of a running PyTorch model, and read traces.",
+        epilog="Exit codes: 0 yes or success, 1 no (verify, diff, recover), 2 error.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+    app.callback()(_global_options)
+    for name in names:
+        command = getattr(import_module(COMMANDS[name]), name)
+        app.command(context_settings=_SETTINGS.get(name))(command)
+    return app
 
 
 @cache
-def _command() -> Callable[..., object]:
-    """Return the parser of all commands. Making it takes longer than most commands."""
-    return typer.main.get_command(app)
+def _parser(name: str | None) -> Callable[..., object]:
+    """Return the parser of one command, or of all: of the help, and of errors that list them.
+
+    The modules and parsers of all commands take longer than most commands.
+    """
+    return typer.main.get_command(make_app(tuple(COMMANDS) if name is None else [name]))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -91,10 +94,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 yes or success, 1 no, 2 error.
     """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    name = arguments[0] if arguments and arguments[0] in COMMANDS else None
     try:
         # NaN and infinity in a file cause no NumPy warnings.
         with disable_plugins(), np.errstate(all="ignore"):
-            _command()(None if argv is None else list(argv), prog_name="grutrace")
+            _parser(name)(arguments, prog_name="grutrace")
     except GrutraceError as error:
         echo(f"grutrace: {error}", stderr=True)
         return EXIT_ERROR

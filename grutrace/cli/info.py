@@ -121,11 +121,10 @@ def print_info(trace: Trace, name: str) -> None:
 
 def proofs(trace: Trace) -> dict[str, Any]:
     """Return the number of calls with each proof mark, and the first unproven calls."""
-    marks = trace.calls["proof"]
-    counts = {name: int((marks == name).sum()) for name in PROOFS}
-    return counts | {
-        "unproven_calls": np.flatnonzero(marks == PROOFS[UNPROVEN])[:MAX_LISTED].tolist()
-    }
+    marks = trace.snapshot.proof_marks
+    counts = np.bincount(marks, minlength=len(PROOFS)).tolist()
+    unproven = np.flatnonzero(marks == UNPROVEN)[:MAX_LISTED].tolist()
+    return dict(zip(PROOFS, counts, strict=True)) | {"unproven_calls": unproven}
 
 
 def proof_lines(proofs: Mapping[str, Any]) -> Iterator[str]:

@@ -13,8 +13,10 @@ import torch
 
 import grutrace
 from grutrace.__main__ import main
+from grutrace.cli.app import COMMANDS
 from grutrace.cli.output import _quantile_cells
 from grutrace.native import library
+from grutrace.storage.read.proofs import PROOFS
 from tests.capture.models import EncoderDecoder
 from tests.checks import EVERYTHING
 
@@ -272,6 +274,28 @@ def test_a_missing_extra_is_named(path) -> None:
     assert done.stderr.endswith("(the extra 'cli' of grutrace)\n")
 
 
+@pytest.mark.parametrize(("command", "imports_plots"), [("info", False), ("plot", True)])
+def test_a_command_imports_only_what_it_needs(command, imports_plots) -> None:
+    code = (
+        "import sys; from grutrace.__main__ import main;"
+        f"main([{command!r}, '--help']);"
+        "sys.exit(3 if 'grutrace.view.site_plots' in sys.modules else 4)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert f"grutrace {command}" in done.stdout
+    assert done.returncode == (3 if imports_plots else 4)
+
+
+def test_the_help_has_every_command_in_order(capsys) -> None:
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    # A description may name another command: only the first word of a row is one.
+    rows = [line.strip("│| ").split(" ")[0] for line in out.splitlines()]
+    assert [row for row in rows if row in COMMANDS] == list(COMMANDS)
+    assert main(["nothing"]) == 2
+    assert "No such command 'nothing'" in capsys.readouterr().err
+
+
 @pytest.fixture
 def deferred(tmp_path):
     torch.manual_seed(0)
@@ -284,10 +308,14 @@ def deferred(tmp_path):
 
 def test_a_deferred_file(deferred, capsys) -> None:
     assert main(["info", str(deferred), "--json"]) == 0
-    encoder, _ = json.loads(capsys.readouterr().out)["modules"]
+    about = json.loads(capsys.readouterr().out)
+    encoder, _ = about["modules"]
     assert [site["quantities"] for site in encoder["sites"]] == [["hidden", "input"], ["hidden"]]
     assert encoder["sites"][1]["derived"] == ["reset", "update", "candidate"]
     assert encoder["sites"][0]["residual"] is None
+    with grutrace.open(deferred) as trace:
+        proofs = trace.calls["proof"].tolist()
+    assert about["proofs"] == {name: proofs.count(name) for name in PROOFS} | {"unproven_calls": []}
     assert main(["info", str(deferred)]) == 0
     assert "derived:" in capsys.readouterr().out
     assert main(["stats", str(deferred)]) == 0

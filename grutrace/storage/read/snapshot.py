@@ -334,6 +334,14 @@ class TraceSnapshot:
             self._calls = resolved, self._call_rows()
         return self._calls[1]
 
+    @property
+    def proof_marks(self) -> Array:
+        """(calls,) the mark of each call; see `proofs`. Takes less time than `calls`."""
+        found = np.zeros(len(self.tables.calls), np.uint8)
+        for number in range(len(self.header.modules)):
+            found[self.index(number).call_numbers] = self._marks(number)
+        return found
+
     def _call_rows(self) -> Array:
         tables = self.tables
         calls = np.zeros(len(tables.calls), CALLS)

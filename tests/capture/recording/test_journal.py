@@ -21,6 +21,7 @@ from grutrace.capture.recording import (
 )
 from grutrace.capture.recording.series_buffer import SeriesGroup
 from grutrace.capture.recording.tensor_copy import CopyBuffer
+from grutrace.cli.info import proofs
 from grutrace.storage.memory import MemorySink
 from tests import oracles
 
@@ -79,6 +80,9 @@ def test_gates_that_states_do_not_tell_are_not_called_proven(gates, dear) -> Non
             assert trace["cell"].reset[:].shape == (8, 8)
     # The first call was compared, and so was what the weights are in the end.
     assert trace.calls["proof"].tolist() == ["proven", "unproven", "unproven", "unproven"]
+    assert proofs(trace) == {
+        "proven": 1, "unchecked": 0, "unproven": 3, "unproven_calls": [1, 2, 3],
+    }  # fmt: skip
     # The control: where they are compared, everything is known.
     with grutrace.trace(cell, gates=gates, weights="exact") as exact:
         cell(x)
