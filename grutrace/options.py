@@ -88,7 +88,9 @@ OPTIONS: dict[str, Option] = {
     "steps": Option("Steps of each sequence to record, as a slice.", None),
     "log": Option("Names of values to log beside the gates, or their numbers by name.", None),
     "shard": Option("Whether to write one file per rank of a distributed run.", True),
-    "sink": Option("A grutrace.Statistics that counts rows instead of storing them.", None),
+    "sink": Option(
+        "A grutrace.Statistics that counts rows; without a path, instead of storing them.", None
+    ),
     "on_error": Option(
         "What happens to the run if rows cannot be written.", "raise", get_args(OnError)
     ),

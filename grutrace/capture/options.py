@@ -45,7 +45,7 @@ class Options:
     """The checked options of a tracer, except for its model, path, sites and quantities.
 
     Args:
-        has_sink: Whether the user gave a sink, which counts rows instead of storing them.
+        has_sink: Whether the user gave a sink, which counts rows.
         to_file: Whether the trace is written to a file.
         records_gradient: Whether the gradient is among the quantities.
 
@@ -160,7 +160,7 @@ class Options:
                 "with gates='inline', or all units, and read those wanted: site.update[:, units]"
             )
         if self.log:
-            self._require_log_options(has_sink=has_sink)
+            self._require_log_options(has_sink=has_sink and not to_file)
 
     def _require_gradient_options(self, *, has_sink: bool) -> None:
         """Refuse options that do not go together with recorded gradients.

@@ -108,8 +108,8 @@ class Tracer(Trace):
             ``run.rank0003.h5`` instead of ``run.h5``. True does so if torch.distributed is
             initialized, or torchrun started the process, with more than one process. False never
             does. A tuple ``(rank, world size)`` sets both.
-        sink: A grutrace.Statistics that counts rows instead of storing them. It excludes a path,
-            and only the sites and the header of the trace can be read.
+        sink: A grutrace.Statistics that counts rows; without a path, instead of storing them. Then
+            only the sites and the header of the trace can be read.
         on_error: What happens to the run if rows cannot be written. ``raise``: the model's next
             call, `flush` and `close` raise a `SinkError`. ``warn``: the model continues untraced; a
             warning says so at once, and another one on closing gives the number of lost calls. The
@@ -148,8 +148,8 @@ class Tracer(Trace):
 
     Raises:
         OptionError: An option has an invalid value, a glob matches no site, or options exclude each
-            other: a path and a sink, a sink and deferred gates, or `fsync`, `compression` or
-            `checksums` without a path.
+            other: a sink and deferred gates, or `fsync`, `compression` or `checksums` without a
+            path.
         UnsupportedError: The model contains no GRU.
         TraceFileError: The file exists, or cannot be written.
         MissingExtraError: `compression` needs hdf5plugin, which is not installed.

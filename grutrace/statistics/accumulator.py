@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -86,6 +87,11 @@ class QuantityAccumulator:
             counts[:, zero] -= missing
             self.histogram += counts
         merge_stats(self.units, units)
+
+    def clear(self) -> None:
+        """Remove all values."""
+        self.units[:] = empty_stats(self.width)
+        self.histogram[:] = 0
 
     def merge(self, other: QuantityAccumulator) -> None:
         """Add the values of another accumulator of the same shape."""
@@ -195,6 +201,16 @@ class Accumulator:
             # Compared in the stored type, so that the first of equal residuals is found.
             largest = int(np.argmax(np.where(is_known, residuals, -1).astype(np.float32)))
             self.check(site, float(residuals[largest]), int(calls[largest]))
+
+    def clear(self) -> None:
+        """Count from 0 again."""
+        self.modules[:] = 0
+        self.checked[:] = 0
+        self.checked["call"] = -1
+        self.annotations, self.created = 0, time.time()
+        for site in self.accumulators:
+            for counts in site.values():
+                counts.clear()
 
     def merge(self, other: Accumulator) -> None:
         """Add the statistics of another accumulator, whose calls follow these.

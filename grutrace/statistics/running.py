@@ -30,7 +30,7 @@ from grutrace.statistics.accumulator import Accumulator, SiteLayout, site_layout
 from grutrace.statistics.file import StatisticsFile, load
 from grutrace.statistics.histogram import BINS, require_bins
 from grutrace.statistics.results import SiteStatistics
-from grutrace.statistics.sink import SinkFile, StatisticsSink
+from grutrace.statistics.sink import CountingConsumer, SinkFile, StatisticsSink
 from grutrace.storage.format.shard_stamp import read_shard
 from grutrace.storage.read.lazy_rows import blocks
 from grutrace.storage.read.trace import Trace
@@ -187,6 +187,35 @@ class Statistics:
                 are not computed with the calls.
             TraceFileError: The file cannot be written.
         """
+        accumulator = self._prepare(header)
+        target = None
+        if self._file is not None:
+            target = SinkFile(self._file, partial(self._save, self._file, accumulator))
+        sink = StatisticsSink(header, accumulator, self._lock, target, self._seconds)
+        self.follow(sink.thread)
+        return sink
+
+    def counter(self, header: TraceHeader) -> CountingConsumer:
+        """Return what counts the records of a trace file as they are written. For the tracer.
+
+        Raises:
+            OptionError: As for `attach`, or these statistics have a file of their own.
+        """
+        if self._requested_file is not None:
+            raise OptionError(
+                "sink: with a path expected a grutrace.Statistics without a file of its own, found "
+                f"one in {short_repr(os.fspath(self._requested_file[0]))}. To keep the figures, "
+                "use statistics.save(...)"
+            )
+        return CountingConsumer(header, self._prepare(header), self._lock)
+
+    def follow(self, thread: WriterThread) -> None:
+        """Note a thread that counts into these statistics, so that reading flushes it."""
+        self._threads = [thread for thread in self._threads if not thread.ended]
+        self._threads.append(thread)
+
+    def _prepare(self, header: TraceHeader) -> Accumulator:
+        """Return the accumulator for a trace of this header."""
         if header.options.get("gates", "inline") != "inline":
             raise OptionError(
                 "gates and sink: expected gates='inline' with a statistics sink, found "
@@ -200,14 +229,7 @@ class Statistics:
                     header.model, header.created, site_layouts(header), self._bins
                 )
             self._accumulator.require_same(site_layouts(header))
-            accumulator = self._accumulator
-        target = None
-        if self._file is not None:
-            target = SinkFile(self._file, partial(self._save, self._file, accumulator))
-        sink = StatisticsSink(header, accumulator, self._lock, target, self._seconds)
-        self._threads = [thread for thread in self._threads if not thread.ended]
-        self._threads.append(sink.thread)
-        return sink
+            return self._accumulator
 
     def _claim_file(self, shard: Shard | None) -> None:
         """Open the file of the tracer's shard, which may be known only now."""
@@ -285,6 +307,36 @@ class Statistics:
     def nbytes(self) -> int:
         """Size of the counts in bytes; independent of the length of the run."""
         return self._accumulator.nbytes if self._accumulator else 0
+
+    def pop(self) -> Statistics:
+        """Return the figures so far, and count from 0 again: the figures of an interval.
+
+        Tracers that count into these statistics continue. A file of the statistics has the figures
+        since the last `pop`.
+
+        Returns:
+            New statistics, in memory.
+
+        Raises:
+            SinkError: Something could not be counted or saved.
+
+        Examples:
+            >>> import torch, grutrace
+            >>> layer, statistics = torch.nn.GRU(2, 3), grutrace.Statistics()
+            >>> with grutrace.trace(layer, sink=statistics):
+            ...     _ = layer(torch.randn(5, 4, 2))
+            ...     first = statistics.pop()
+            ...     _ = layer(torch.randn(6, 4, 2))
+            ...     second = statistics.pop()
+            >>> first.steps, second.steps, statistics.steps
+            (20, 24, 0)
+        """
+        if self._accumulator is None:
+            return Statistics(bins=self._bins)
+        with self._reading() as accumulator:
+            popped = copy.deepcopy(accumulator)
+            accumulator.clear()
+        return self._from_accumulator(popped)
 
     def merge(self, other: Statistics) -> Statistics:
         """Return the statistics of two runs together, of which this one is the first.

@@ -125,12 +125,11 @@ class StatisticsSink(ThreadedSink, StatisticsOnlySource):
             self.name = file.name
             # Written now, so that an error is raised before the run.
             file.open()
-        self._counter = _CountingConsumer(header, accumulator, lock, file)
+        self._counter = CountingConsumer(header, accumulator, lock, file)
         thread = WriterThread(
             self._counter, QUEUE_BYTES, commit_seconds=seconds, commit_bytes=math.inf
         )
         ThreadedSink.__init__(self, thread)
-        self.thread = thread
         # Without waiting: the thread of the garbage collector may hold the lock.
         weakref.finalize(self, thread.finish).atexit = False
 
@@ -189,15 +188,22 @@ class SinkFile:
             self._file.release()
 
 
-class _CountingConsumer:
-    """The work of the counting thread."""
+class CountingConsumer:
+    """The work of the thread that counts.
+
+    Args:
+        header: Header of the trace.
+        accumulator: The counts; its layout fits the header.
+        lock: Lock of the accumulator.
+        file: The statistics file to keep up to date, if any.
+    """
 
     def __init__(
         self,
         header: TraceHeader,
         accumulator: Accumulator,
         lock: threading.Lock,
-        file: SinkFile | None,
+        file: SinkFile | None = None,
     ) -> None:
         self.name = "a grutrace.Statistics" if file is None else file.name
         self._validator = RecordValidator(header.modules)

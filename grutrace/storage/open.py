@@ -16,6 +16,7 @@ from grutrace.storage.read.file_source import FileSource
 from grutrace.storage.read.trace import Trace
 from grutrace.storage.shards.open_files import open_files
 from grutrace.storage.write.file_sink import FileSink, RecordTransform
+from grutrace.storage.write.writer_thread import Consumer, WriterThread
 
 
 @runtime_checkable
@@ -24,6 +25,12 @@ class SinkFactory(Protocol):
 
     def attach(self, header: TraceHeader) -> Sink:
         """Return a sink for a trace of this header. The sink is a `Source` too."""
+
+    def counter(self, header: TraceHeader) -> Consumer:
+        """Return what counts the records of a trace of this header beside its file."""
+
+    def follow(self, thread: WriterThread) -> None:
+        """Note the thread that passes records to the counter."""
 
 
 def open_sink(
@@ -41,14 +48,14 @@ def open_sink(
         path: Path of the file; None for memory or a factory.
         header: Header of the trace.
         mode: "w" raises an error if the file exists, "overwrite" replaces it, "a" appends to it.
-        factory: Creates the sink; only without a path.
+        factory: Creates the sink; with a path, counts what is written to the file.
         transform: Completes records outside the forward pass: on the writer thread of a
             file, or when a trace in memory is read.
         fsync: Whether every commit is written to the disk with fsync.
 
     Raises:
         OptionError: The mode is unknown; or the factory is invalid, does not support such a trace,
-            or is given together with a path.
+            or has a file of its own and is given together with a path.
         TraceFileError: The file cannot be created or appended to.
     """
     if factory is None:
@@ -60,12 +67,12 @@ def open_sink(
         raise OptionError(
             f"sink: expected a grutrace.Statistics, found {short_repr(factory)}{hint}"
         )
-    if path is not None:
-        raise OptionError(
-            f"path and sink: expected one of the two, found {os.fspath(path)!r} and "
-            f"{short_repr(factory)}. (Statistics has a path of its own)"
-        )
-    return factory.attach(header)
+    if path is None:
+        return factory.attach(header)
+    counter = factory.counter(header)
+    sink = FileSink(path, header, mode, transform=transform, fsync=fsync, counter=counter)
+    factory.follow(sink.thread)
+    return sink
 
 
 def open_source(sink: Sink) -> Source:

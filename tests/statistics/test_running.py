@@ -166,8 +166,9 @@ def test_quantities_that_were_not_counted_are_an_error(model) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"path": "run.h5"}, r"path and sink: expected one of the two, found 'run.h5' and"),
         ({"gates": "deferred"}, "gates and sink: expected gates='inline'"),
+        ({"gates": "deferred", "path": "run.h5"}, "gates and sink: expected gates='inline'"),
+        ({"log": "loss"}, "sink: not possible with log"),
         ({"sink": 3}, "sink: expected a grutrace.Statistics, found 3"),
     ],
 )

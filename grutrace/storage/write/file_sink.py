@@ -1,6 +1,7 @@
 """A sink that writes a trace to its file from another thread, while the model runs.
 
-`TransformingConsumer` passes batches of records through a function before they are written.
+`TransformingConsumer` passes batches of records through a function before they are written,
+`PairedConsumer` passes them to a counter as well.
 """
 
 from __future__ import annotations
@@ -70,6 +71,43 @@ class TransformingConsumer:
             self._consumer.write(record)
 
 
+class PairedConsumer:
+    """A consumer that passes every record to two others.
+
+    Args:
+        first: The consumer that writes; records that it refuses do not reach the second.
+        second: A consumer that holds no file.
+    """
+
+    def __init__(self, first: Consumer, second: Consumer) -> None:
+        self._first, self._second = first, second
+
+    @property
+    def name(self) -> str:
+        """Name of the first consumer."""
+        return self._first.name
+
+    def write(self, record: Record) -> None:
+        """Write a record to both."""
+        self._first.write(record)
+        self._second.write(record)
+
+    def commit(self) -> None:
+        """Commit both."""
+        self._first.commit()
+        self._second.commit()
+
+    def close(self) -> None:
+        """Commit, and release everything."""
+        self._second.commit()
+        self._first.close()
+
+    def abandon(self) -> None:
+        """Release everything without a commit."""
+        self._first.abandon()
+        self._second.abandon()
+
+
 class ThreadedSink:
     """A sink whose records are taken in by a thread of its own.
 
@@ -79,6 +117,11 @@ class ThreadedSink:
 
     def __init__(self, thread: WriterThread) -> None:
         self._thread = thread
+
+    @property
+    def thread(self) -> WriterThread:
+        """The thread."""
+        return self._thread
 
     @property
     def appended(self) -> int:
@@ -137,6 +180,7 @@ class FileSink(ThreadedSink):
         queue_bytes: Bytes of queued records above which `append` waits.
         transform: Function that completes records on the writer thread.
         fsync: Whether each commit waits until the disk has stored it.
+        counter: A consumer that also gets the records, on the same thread; it holds no file.
 
     Raises:
         OptionError: The mode is unknown.
@@ -152,10 +196,13 @@ class FileSink(ThreadedSink):
         queue_bytes: int = QUEUE_BYTES,
         transform: RecordTransform | None = None,
         fsync: bool = False,
+        counter: Consumer | None = None,
     ) -> None:
         writer = Writer(path, header, mode, fsync=fsync)
         self._writer, self.path = writer, writer.path
-        consumer = TransformingConsumer(writer, transform) if transform else writer
+        consumer: Consumer = PairedConsumer(writer, counter) if counter else writer
+        if transform:
+            consumer = TransformingConsumer(consumer, transform)
         super().__init__(WriterThread(consumer, queue_bytes, commit_seconds=writer.commit_seconds))
         # Do not wait: the thread that runs the garbage collector may hold the lock of HDF5.
         weakref.finalize(self, _finish, self._thread, writer.claim).atexit = False
