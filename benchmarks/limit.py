@@ -1,9 +1,12 @@
-"""The lower limit of the cost of a tracing: the bytes that it keeps are copied once."""
+"""The lower limit of the cost of a tracing: the bytes that it keeps are copied or written once."""
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
@@ -26,32 +29,72 @@ def limit(workload: Workload, tracing: Tracing, untraced: float) -> float:
         tracing: How.
         untraced: Seconds of an untraced run.
     """
+    source = _kept_bytes(workload, tracing)
+    if not source.size:
+        return 1.0
+    target = np.empty_like(source)
+    held: list[np.ndarray[tuple[int], np.dtype[np.uint8]]] = []
+
+    def copy() -> None:
+        nonlocal target
+        if not tracing.to_file:
+            target = np.empty_like(source)
+            held.append(target)
+        np.copyto(target, source)
+        if len(held) * source.size > HELD:
+            held.clear()
+
+    return 1 + _seconds(copy) / untraced
+
+
+def limit_on_disk(workload: Workload, tracing: Tracing, untraced: float, folder: Path) -> float:
+    """Return the ratio of an untraced run, in which the kept bytes are written once, to the run.
+
+    They are written to the end of one file, by one call of the operating system for each run.
+
+    Args:
+        workload: What is traced.
+        tracing: How.
+        untraced: Seconds of an untraced run.
+        folder: Where the file is, until it has been measured.
+    """
+    source = _kept_bytes(workload, tracing) if tracing.to_file else np.zeros(0, np.uint8)
+    if not source.size:
+        return 1.0
+    path = folder / "kept"
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+    try:
+        seconds = _seconds(lambda: os.write(file, source))
+    finally:
+        os.close(file)
+        path.unlink()
+    return 1 + seconds / untraced
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    """Return the median time of `COPIES` runs."""
+    seconds = []
+    for _ in range(COPIES):
+        began = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds)
+
+
+def _kept_bytes(workload: Workload, tracing: Tracing) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
+    """Return as many bytes as a run keeps: none if nothing is recorded, or only counted."""
     options = tracing.options()
     if tracing.idle or (tracing.lasting and not tracing.to_file):
-        return 1.0
+        return np.zeros(0, np.uint8)
     if options.get("gates", "auto") == "auto" and "units" not in options:
         # A reader computes the gates from what a deferred trace keeps.
         options["gates"] = "deferred"
     with grutrace.Tracer(workload.model, **options) as tracer:
         workload.run()
-    size = _kept_bytes(tracer)
-    source = np.ones(max(1, size), np.uint8)
-    target = np.empty_like(source)
-    held: list[np.ndarray[tuple[int], np.dtype[np.uint8]]] = []
-    seconds = []
-    for _ in range(COPIES):
-        if len(held) * size > HELD:
-            held.clear()
-        began = time.perf_counter()
-        if not tracing.to_file:
-            target = np.empty_like(source)
-            held.append(target)
-        np.copyto(target, source)
-        seconds.append(time.perf_counter() - began)
-    return 1 + statistics.median(seconds) / untraced
+    return np.ones(max(1, _row_bytes(tracer)), np.uint8)
 
 
-def _kept_bytes(trace: grutrace.Trace) -> int:
+def _row_bytes(trace: grutrace.Trace) -> int:
     """Return the bytes of the rows that are stored."""
     size = 0
     for name in trace.sites:

@@ -14,8 +14,8 @@ from torch import nn
 from benchmarks import targets
 from benchmarks.disk import until_on_disk
 from benchmarks.figures import Figure, measured, not_measured
-from benchmarks.limit import limit
-from benchmarks.pairs import PAIRS, WARM_UP, Ratio, ratio
+from benchmarks.limit import limit, limit_on_disk
+from benchmarks.pairs import PAIRS, WARM_UP, ratio
 from benchmarks.peers import PEERS
 from benchmarks.peers.peer import Absent, Peer, Values, disagreement, traced_values
 from benchmarks.tracings import HELD, TRACINGS, Tracing, traced
@@ -33,7 +33,9 @@ def tracing(workload: Workload, budget: float, seconds: float) -> Iterator[Figur
             traced(workload, tracing, Path(folder)) as run,
         ):
             result = ratio(workload.run, run.call, budget, limit=seconds, settle=run.settle)
-        yield _figure(workload, tracing, result, targets.TRACING)
+        least = limit(workload, tracing, result.base)
+        aim = targets.target(targets.TRACING, tracing.name, workload.name)
+        yield measured(tracing.name, result, aim, limit=least)
 
 
 def disk(workload: Workload) -> Iterator[Figure]:
@@ -42,25 +44,14 @@ def disk(workload: Workload) -> Iterator[Figure]:
         if tracing.to_file or tracing.lasting:
             with tempfile.TemporaryDirectory() as folder:
                 result, runs = until_on_disk(workload, tracing, Path(folder))
-            once = replace(result, base=result.base / runs)
-            yield _figure(workload, tracing, once, targets.DISK, runs=runs)
+                once = replace(result, base=result.base / runs)
+                least = limit_on_disk(workload, tracing, once.base, Path(folder))
+            aim = targets.target(targets.DISK, tracing.name, workload.name)
+            yield measured(tracing.name, once, aim, limit=least, runs=runs)
 
 
 def _tracings_of(workload: Workload) -> list[Tracing]:
     return [each for each in TRACINGS if not each.kinds or workload.kind in each.kinds]
-
-
-def _figure(
-    workload: Workload,
-    tracing: Tracing,
-    result: Ratio,
-    bounds: dict[str, tuple[float | None, ...]],
-    **details: object,
-) -> Figure:
-    """Return a ratio, with its target and the limit."""
-    aim = targets.target(bounds, tracing.name, workload.name)
-    least = limit(workload, tracing, result.base)
-    return measured(tracing.name, result, aim, limit=least, **details)
 
 
 def peers(workload: Workload, budget: float, seconds: float) -> Iterator[Figure]:

@@ -27,7 +27,8 @@ two the tracer takes. **Bold**: the dearer one, by more than a tenth."""
 
 DISK = """\
 About 0.1 seconds of runs in a row and the `flush` after them, to the same runs untraced: what
-the writer's thread still does after the model's call has returned is counted, too."""
+the writer's thread still does after the model's call has returned is counted, too. In brackets: the
+limit if the kept bytes were written once to the end of a file, and nothing else were done."""
 
 PEERS_LEGEND = """\
 Ratios to the untraced nn.GRU, as above. **Bold**: gives all gates for less than our everything

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from math import nan
+from pathlib import Path
 
 import pytest
 
 from benchmarks import targets
 from benchmarks.choice import verdict
 from benchmarks.figures import Figure, Target, measured, not_measured
-from benchmarks.limit import limit
+from benchmarks.limit import limit, limit_on_disk
 from benchmarks.pairs import Ratio, Spread
 from benchmarks.report import Report, number, table
 from benchmarks.tracings import IN_MEMORY, TRACINGS
@@ -132,6 +133,18 @@ def test_the_limit_counts_the_kept_bytes() -> None:
     assert limit(workload, by_name["everything inline, in memory"], 1e9) == pytest.approx(1)
     assert limit(workload, by_name["statistics only"], 1e-6) == 1
     assert limit(workload, by_name["attached, not recording"], 1e-6) == 1
+
+
+def test_the_limit_on_disk_counts_what_is_written(tmp_path: Path) -> None:
+    by_name = {tracing.name: tracing for tracing in TRACINGS}
+    workload = single_layer(30, 20, 64, 64)
+    inline = limit_on_disk(workload, by_name["everything inline, to a file"], 1e-6, tmp_path)
+    assert inline > 1
+    assert limit_on_disk(
+        workload, by_name["everything inline, to a file"], 1e9, tmp_path
+    ) == pytest.approx(1)
+    assert limit_on_disk(workload, by_name["statistics only"], 1e-6, tmp_path) == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_more_expensive_choice_is_bold() -> None:
