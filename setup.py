@@ -1,13 +1,16 @@
-"""Build the compiled part of grutrace: one C library, called by address, without Python's headers.
+"""Build the compiled part of grutrace, and the description for a package index.
 
-Where there is no C compiler, or the library does not build, grutrace is installed without it.
-Everything else about the package stands in pyproject.toml.
+The compiled part is one C library, called by address, without Python's headers. Where there is no
+C compiler, or the library does not build, grutrace is installed without it. Everything else about
+the package stands in pyproject.toml.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import sys
+from pathlib import Path
 from typing import Any
 
 from setuptools import Extension, setup
@@ -34,11 +37,44 @@ class BuildLibrary(build_ext):
 
 
 class AnyPythonWheel(bdist_wheel):
-    """Makes one wheel for a platform, which every Python 3 takes."""
+    """Makes one wheel for a platform, which every Python 3 takes; without the library, for all."""
+
+    def run(self) -> None:
+        """Build, and make the wheel."""
+        self.run_command("build")
+        outputs = self.get_finalized_command("build_ext").get_outputs()
+        if not any(os.path.exists(path) for path in outputs):
+            self.distribution.ext_modules = []
+            self.root_is_pure = True
+        super().run()
 
     def get_tag(self) -> tuple[str, str, str]:
         """Return the tags of the wheel: Python, its binary interface, and the platform."""
         return ("py3", "none", super().get_tag()[2])
+
+
+#: A link to a file of the repository: [text](path), without a scheme and not within the page.
+_LINK = re.compile(r"\[([^\]]*)\]\((?!#|[a-z]+:)([^)]+)\)")
+_IMAGE = re.compile(r'<img src="(?![a-z]+:)([^"]+)"[^>]*>\n*')
+
+
+def index_readme() -> str:
+    """Return README.md with links that also hold on the page of a package index.
+
+    They lead to the tag of the version at the address `Source` of [project.urls]. Without this
+    address, they are replaced by their text.
+    """
+    folder = Path(__file__).parent
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    project = (folder / "pyproject.toml").read_text(encoding="utf-8")
+    source = re.search(r'^Source = "(.+?)/*"$', project, re.MULTILINE)
+    if source is None:
+        return _LINK.sub(r"\1", _IMAGE.sub("", text))
+    version = (folder / "grutrace" / "version.py").read_text(encoding="utf-8").split('"')[-2]
+    text = _LINK.sub(rf"[\1]({source[1]}/blob/v{version}/\2)", text)
+    return _IMAGE.sub(
+        lambda image: image[0].replace(image[1], f"{source[1]}/raw/v{version}/{image[1]}"), text
+    )
 
 
 library: Any = Extension(
@@ -57,4 +93,9 @@ library: Any = Extension(
     optional=True,
 )
 
-setup(ext_modules=[library], cmdclass={"build_ext": BuildLibrary, "bdist_wheel": AnyPythonWheel})
+setup(
+    ext_modules=[library],
+    cmdclass={"build_ext": BuildLibrary, "bdist_wheel": AnyPythonWheel},
+    long_description=index_readme(),
+    long_description_content_type="text/markdown",
+)

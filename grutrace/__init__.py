@@ -47,6 +47,7 @@ from grutrace.errors import (
     TraceFileError,
     UnsupportedError,
 )
+from grutrace.version import VERSION as __version__
 from grutrace.view.live.serve import view
 
 if TYPE_CHECKING:
@@ -104,10 +105,8 @@ _register_accessor("plot", "grutrace.view.site_plots", "SitePlots")
 
 
 def __getattr__(name: str) -> Any:
-    from importlib import import_module, metadata
+    from importlib import import_module
 
-    if name == "__version__":
-        return metadata.version("grutrace")
     if name not in _LAZY:
         raise AttributeError(f"module 'grutrace' has no attribute {name!r}")
     module, attribute = _LAZY[name]

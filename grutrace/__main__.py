@@ -6,10 +6,11 @@ import sys
 from collections.abc import Sequence
 
 from grutrace.errors import missing_library_message
+from grutrace.native.library import version_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command of `grutrace.cli`.
+    """Run a command of `grutrace.cli`. Only ``--version`` works without the extra `cli`.
 
     Args:
         argv: Arguments of the command; those of the process by default.
@@ -17,6 +18,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 yes or success, 1 no, 2 error.
     """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments == ["--version"]:
+        print(version_line())
+        return 0
     try:
         from grutrace import cli
     except ModuleNotFoundError as error:
@@ -26,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = missing_library_message("the command line", library, "cli")
         print(f"grutrace: {message} (the extra 'cli' of grutrace)", file=sys.stderr)
         return 2
-    return cli.main(argv)
+    return cli.main(arguments)
 
 
 if __name__ == "__main__":

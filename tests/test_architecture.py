@@ -14,6 +14,7 @@ DIVIDED = {"storage", "capture", "analysis", "view"}
 
 #: The shared vocabulary: what each of these files may import; every part may import all of them.
 BASE = {
+    "version": set[str](),
     "errors": set[str](),
     "reprs": set[str](),
     "records": set[str](),
@@ -151,7 +152,7 @@ ALLOWED = {
         *("analysis/descriptive", "analysis/comparison", "export", "run"),
         *("view/plot_specs", "view/picture_files", "view/report", "view/live"),
     },
-    "__main__": {"cli"},
+    "__main__": {"cli", "native"},
     "__init__": {
         *("storage/read", "storage/open", "statistics"),
         *("capture/differentiable", "capture/tracer", "intervention", "conversion"),

@@ -9,7 +9,6 @@ import operator
 import platform
 from collections.abc import Iterable, Mapping
 from functools import cache
-from importlib.metadata import version
 from typing import Any, TypeAlias, get_args
 
 import numpy as np
@@ -33,6 +32,7 @@ from grutrace.options import (
     WeightChecks,
     parse_bytes,
 )
+from grutrace.version import VERSION
 
 #: One of `STORAGE_DTYPES`, as a name or as a type of torch or NumPy.
 DTypeLike: TypeAlias = Any
@@ -363,7 +363,7 @@ def collect_versions() -> Mapping[str, str]:
     ``compiled`` is the instruction set of the compiled library; ``none`` without it.
     """
     return {
-        "grutrace": version("grutrace"),
+        "grutrace": VERSION,
         "torch": str(torch.__version__),
         "numpy": np.__version__,
         "python": platform.python_version(),

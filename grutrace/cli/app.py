@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from functools import cache
-from importlib import import_module, metadata
+from importlib import import_module
 from typing import Annotated
 
 import numpy as np
@@ -14,7 +14,7 @@ import typer
 from grutrace.cli.common import EXIT_ERROR
 from grutrace.cli.output import echo
 from grutrace.errors import GrutraceError
-from grutrace.native.library import instruction_set
+from grutrace.native.library import version_line
 from grutrace.storage.hdf5.safe_open import disable_plugins
 
 #: Module of each command, in the order of the help. The function has the command's name.
@@ -40,7 +40,7 @@ _SETTINGS = {"run": {"allow_interspersed_args": False}}
 
 def _print_version(requested: bool) -> None:
     if requested:
-        echo(f"grutrace {metadata.version('grutrace')} (compiled: {instruction_set()})")
+        echo(version_line())
         raise typer.Exit
 
 

@@ -20,6 +20,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from grutrace.version import VERSION
+
 logger = logging.getLogger(__name__)
 
 #: Environment variable: the instruction set to use, ``none`` for none, or empty for the best.
@@ -179,6 +181,11 @@ def instruction_set() -> str:
     """Return the name of the instruction set in use; ``none`` without a compiled library."""
     library = load()
     return NONE if library is None else library.instruction_set
+
+
+def version_line() -> str:
+    """Return the line of ``grutrace --version``: the version, and the instruction set in use."""
+    return f"grutrace {VERSION} (compiled: {instruction_set()})"
 
 
 def _describe(library: ctypes.CDLL, held: ctypes.PyDLL, wanted: str) -> Library | None:

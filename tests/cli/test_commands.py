@@ -274,6 +274,28 @@ def test_a_missing_extra_is_named(path) -> None:
     assert done.stderr.endswith("(the extra 'cli' of grutrace)\n")
 
 
+def test_the_version_needs_no_extra() -> None:
+    code = (
+        "import sys; sys.modules['typer'] = None; from grutrace.__main__ import main;"
+        "sys.exit(main(['--version']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"grutrace {grutrace.__version__} (compiled: ")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], []], ids=["help", "nothing"])
+def test_help_without_its_extra_is_one_line(arguments) -> None:
+    code = (
+        "import sys; sys.modules['typer'] = None; from grutrace.__main__ import main;"
+        f"sys.exit(main({arguments}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1
+    assert 'needs typer, which is not installed: pip install "typer' in done.stderr
+
+
 @pytest.mark.parametrize(("command", "imports_plots"), [("info", False), ("plot", True)])
 def test_a_command_imports_only_what_it_needs(command, imports_plots) -> None:
     code = (

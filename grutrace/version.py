@@ -1,0 +1,3 @@
+"""The version of grutrace, which pyproject.toml reads from here."""
+
+VERSION = "0.1.0"
