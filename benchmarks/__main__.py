@@ -22,6 +22,7 @@ from benchmarks import (
     gradients,
     growth,
     interventions,
+    long_training,
     measure,
     memory,
     scale,
@@ -49,10 +50,11 @@ OTHERS: dict[str, Callable[[], Iterable[Figure]]] = {
     "dynamics": dynamics.figures,
     "interventions": interventions.figures,
     "gradients": gradients.figures,
+    "training": long_training.figures,
 }
 
-#: Sections that are measured only if they are named. Together they take seven minutes.
-ASIDE = ("scale", "analysis", "dynamics", "interventions", "gradients")
+#: Sections that are measured only if they are named. Together they take a quarter of an hour.
+ASIDE = ("scale", "analysis", "dynamics", "interventions", "gradients", "training")
 
 
 def run(
