@@ -22,6 +22,7 @@ from benchmarks import (
     gradients,
     growth,
     interventions,
+    live_view,
     long_training,
     measure,
     memory,
@@ -51,10 +52,11 @@ OTHERS: dict[str, Callable[[], Iterable[Figure]]] = {
     "interventions": interventions.figures,
     "gradients": gradients.figures,
     "training": long_training.figures,
+    "view": live_view.figures,
 }
 
 #: Sections that are measured only if they are named. Together they take a quarter of an hour.
-ASIDE = ("scale", "analysis", "dynamics", "interventions", "gradients", "training")
+ASIDE = ("scale", "analysis", "dynamics", "interventions", "gradients", "training", "view")
 
 
 def run(

@@ -32,7 +32,8 @@ step_frameworks() {
 # A browser clicks through the live view: chromium, which is not a package of pip, must be installed.
 step_browser() {
     pip install --quiet -c constraints.txt -e ".[test,browser]" &&
-        GRUTRACE_REQUIRE_PACKAGES=1 python -m pytest -q tests/view/live
+        GRUTRACE_REQUIRE_PACKAGES=1 python -m pytest -q tests/view/live \
+            tests/benchmarks/test_live_view_benchmark.py
 }
 
 # Killed processes, failing disks, power loss, and readers of growing files.
