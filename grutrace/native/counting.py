@@ -8,8 +8,6 @@ from __future__ import annotations
 import ctypes
 from typing import Protocol
 
-import numpy as np
-
 from grutrace.native.library import CountOptions, load
 from grutrace.records import Array
 
@@ -35,6 +33,7 @@ def count_rows(
     *,
     shares: bool,
     moments: bool,
+    powers: Array | None = None,
 ) -> bool:
     """Add rows to the statistics of their units, in place.
 
@@ -50,6 +49,8 @@ def count_rows(
             shares.
         shares: Whether to count shares.
         moments: Whether to compute the mean and the squares.
+        powers: (2, H) float64, the sums of third and fourth powers of the deviations from the mean;
+            None for none. With the moments only.
 
     Returns:
         Whether they were added: False without a compiled library, or for another floating-point
@@ -61,7 +62,8 @@ def count_rows(
         return False
     low, high = (0.0, 0.0) if bins is None else (bins.low, bins.high)
     number = 0 if bins is None else histogram.shape[1]
-    options = CountOptions(number, low, high, *bounds, shares, moments)
+    addresses = (None, None) if powers is None else [each.ctypes.data for each in powers]
+    options = CountOptions(number, low, high, *bounds, shares, moments, *addresses)
     count(
         rows.ctypes.data,
         *rows.shape,
@@ -70,25 +72,6 @@ def count_rows(
         ctypes.addressof(options),
     )
     return True
-
-
-def sum_powers(rows: Array, means: Array) -> Array | None:
-    """Return the sums of second, third and fourth powers about a mean, of finite values: (3, H).
-
-    Args:
-        rows: (n, H), C-contiguous.
-        means: (H,) float64.
-
-    Returns:
-        The sums; None without a compiled library, or for another floating-point type or byte order.
-    """
-    library = load()
-    add_powers = None if library is None else library.add_powers.get(rows.dtype.name)
-    if add_powers is None or not _is_plain(rows):
-        return None
-    means, sums = np.ascontiguousarray(means), np.zeros((3, rows.shape[1]))
-    add_powers(rows.ctypes.data, *rows.shape, means.ctypes.data, sums.ctypes.data)
-    return sums
 
 
 def _is_plain(array: Array) -> bool:

@@ -27,13 +27,18 @@ typedef struct {
 
 /* How values are counted. */
 typedef struct {
-    /* Bins: a power of two, or 0 for no histogram. Edges: exact. */
+    /* Bins: a power of two up to MOST_BINS, or 0 for no histogram. Edges: exact. */
     int64_t bins;
     double low, high;
     /* Bounds of the shares. */
     double below, above;
     int64_t shares, moments;
+    /* For each unit, the sums of third and fourth powers of the deviations from the mean; NULL if they
+     * are not requested. They need the moments. */
+    double *cubes, *fourths;
 } count_options;
+
+enum { MOST_BINS = 1024 };
 
 /* The source and the target of one gate copy. Lengths are in elements. */
 typedef struct {
@@ -120,8 +125,6 @@ typedef struct {
                       const count_options *);
     void (*count_f64)(const double *, int64_t, int64_t, unit_stats *, int64_t *,
                       const count_options *);
-    void (*add_powers_f32)(const float *, int64_t, int64_t, const double *, double *);
-    void (*add_powers_f64)(const double *, int64_t, int64_t, const double *, double *);
     int (*replay)(const replay_block *);
     void (*held_step)(const held_step *, const float *, float *);
 } function_table;
@@ -326,18 +329,6 @@ EXPORT void grutrace_count_f64(const double *values, int64_t rows, int64_t width
                                unit_stats *units, int64_t *histogram,
                                const count_options *options) {
     functions->count_f64(values, rows, width, units, histogram, options);
-}
-
-/* Add the powers of `rows` by `width` values about `means`, (width,), to `sums`, (3, width): squares,
- * cubes and fourth powers. Values that are not finite are skipped. */
-EXPORT void grutrace_add_powers_f32(const float *values, int64_t rows, int64_t width,
-                                    const double *means, double *sums) {
-    functions->add_powers_f32(values, rows, width, means, sums);
-}
-
-EXPORT void grutrace_add_powers_f64(const double *values, int64_t rows, int64_t width,
-                                    const double *means, double *sums) {
-    functions->add_powers_f64(values, rows, width, means, sums);
 }
 
 /* Compute gates and checks from products. Return whether all values are finite. */

@@ -301,8 +301,6 @@ static const function_table WITH_ISA(table) = {
     CONCATENATE(states_f64, ISA),
     CONCATENATE(count_f32, ISA),
     CONCATENATE(count_f64, ISA),
-    CONCATENATE(add_powers_f32, ISA),
-    CONCATENATE(add_powers_f64, ISA),
     WITH_ISA(replay),
     WITH_ISA(held_step),
 };

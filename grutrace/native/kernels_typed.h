@@ -95,16 +95,24 @@ static double TYPED(states)(const REAL *update, const REAL *candidate, const REA
 
 /* ---- counting -------------------------------------------------------------------------------- */
 
+/* Sums of powers of the deviations of some values from `shift`; the cubes and fourth powers only if they
+ * are requested. */
+typedef struct {
+    double shift, sum, squares, cubes, fourths;
+} TYPED(sums);
+
 /* Count one value. Values that are not finite have separate counts. */
-static void TYPED(count_value)(REAL value, double shift, unit_stats *unit, int64_t *histogram,
-                               const count_options *options, double *sum, double *squares) {
+static void TYPED(count_value)(REAL value, unit_stats *unit, int64_t *histogram,
+                               const count_options *options, TYPED(sums) *sums) {
     if (!isfinite(value)) {
         *(isnan(value) ? &unit->nan : &unit->infinite) += 1;
         return;
     }
-    double off = (double)value - shift;
-    *sum += off;
-    *squares += off * off;
+    double off = (double)value - sums->shift, square = off * off;
+    sums->sum += off;
+    sums->squares += square;
+    sums->cubes += square * off;
+    sums->fourths += square * square;
     unit->count += 1;
     unit->minimum = value < unit->minimum ? value : unit->minimum;
     unit->maximum = value > unit->maximum ? value : unit->maximum;
@@ -126,40 +134,51 @@ static void TYPED(count_value)(REAL value, double shift, unit_stats *unit, int64
     }
 }
 
-/* Add values to the moments of a unit whose count already includes them, from their sums about `shift`,
- * the mean of the earlier values, if any. Chan, Golub and LeVeque (1979), equation 2.1. */
-static void TYPED(add_moments)(unit_stats *unit, double shift, double sum, double squares) {
-    double total = (double)unit->count;
-    unit->mean = shift + sum / total;
-    unit->squares += squares - sum * (sum / total);
+/* Add values to the moments of unit number `number`, whose count already includes them, from their sums
+ * about the mean of the earlier values, if any. Chan, Golub and LeVeque (1979), equation 2.1; Pebay
+ * (2008), equations 2.1 and 2.2. */
+static void TYPED(add_moments)(unit_stats *unit, int64_t number, const count_options *options,
+                               const TYPED(sums) *sums) {
+    double total = (double)unit->count, off = sums->sum / total;
+    unit->mean = sums->shift + off;
+    if (options->cubes != NULL) {
+        double squares = unit->squares + sums->squares;
+        double cubes = options->cubes[number] + sums->cubes;
+        double fourths = options->fourths[number] + sums->fourths;
+        double square = off * off;
+        options->cubes[number] = cubes - 3 * off * squares + 2 * total * (square * off);
+        options->fourths[number] =
+            fourths - 4 * off * cubes + 6 * square * squares - 3 * total * (square * square);
+    }
+    unit->squares += sums->squares - sums->sum * off;
 }
 
-/* Count `rows` by `lanes` values one by one. Rows are `stride` elements apart. */
-static void TYPED(count_slowly)(const REAL *values, int64_t rows, int64_t stride, int64_t lanes,
-                                unit_stats *units, int64_t *histogram,
+/* Count the values of `lanes` units from number `first` on, one by one. */
+static void TYPED(count_slowly)(const REAL *values, int64_t rows, int64_t stride, int64_t first,
+                                int64_t lanes, unit_stats *units, int64_t *histogram,
                                 const count_options *options) {
-    for (int64_t j = 0; j < lanes; j++) {
+    for (int64_t j = first; j < first + lanes; j++) {
         unit_stats *unit = units + j;
-        double sum = 0, squares = 0, shift = unit->mean;
+        TYPED(sums) sums = {unit->mean, 0, 0, 0, 0};
         int64_t before = unit->count;
-        for (int64_t row = 0; !unit->count && !before && row < rows; row++) {
+        for (int64_t row = 0; !before && row < rows; row++) {
             if (isfinite(values[row * stride + j])) {
-                shift = values[row * stride + j];
+                sums.shift = values[row * stride + j];
                 break;
             }
         }
         for (int64_t row = 0; row < rows; row++) {
-            TYPED(count_value)(values[row * stride + j], shift, unit,
-                               histogram + j * options->bins, options, &sum, &squares);
+            TYPED(count_value)(values[row * stride + j], unit, histogram + j * options->bins,
+                               options, &sums);
         }
         if (options->moments && unit->count > before) {
-            TYPED(add_moments)(unit, shift, sum, squares);
+            TYPED(add_moments)(unit, j, options, &sums);
         }
     }
 }
 
-/* Count the bins of `rows` by LANES values, all within the edges. */
-static void TYPED(count_bins)(const REAL *values, int64_t rows, int64_t stride, int64_t *histogram,
+/* Count the bins of `rows` by LANES values, all within the edges, into (LANES, bins) small counts. */
+static void TYPED(count_bins)(const REAL *values, int64_t rows, int64_t stride, uint16_t *counts,
                               const count_options *options) {
     double scale = (double)options->bins / (options->high - options->low);
     REAL factor = (REAL)scale;
@@ -168,135 +187,149 @@ static void TYPED(count_bins)(const REAL *values, int64_t rows, int64_t stride, 
     for (int j = 0; j < LANES; j++) {
         offsets[j] = (INTEGER)(j * options->bins) - first;
     }
-    for (int64_t row = 0; row < rows; row++) {
-        TYPED(reals) scaled = TYPED(load)(values + row * stride) * factor;
-        TYPED(integers) bin = __builtin_convertvector(scaled, TYPED(integers));
-        /* The conversion truncates. */
-        bin += scaled < __builtin_convertvector(bin, TYPED(reals));
-        bin += bin > last; /* The last bin includes its upper edge. */
-        bin += offsets;
-        INTEGER numbers[LANES];
-        memcpy(numbers, &bin, sizeof bin);
-        for (int j = 0; j < LANES; j++) {
-            histogram[numbers[j]] += 1;
+    /* The numbers of several rows are stored first: a count that waits for a number just stored takes
+     * half as long again. */
+    enum { ROWS = 64 };
+    INTEGER numbers[ROWS * LANES];
+    for (int64_t start = 0; start < rows; start += ROWS) {
+        int64_t some = rows - start < ROWS ? rows - start : ROWS;
+        for (int64_t row = 0; row < some; row++) {
+            TYPED(reals) scaled = TYPED(load)(values + (start + row) * stride) * factor;
+            TYPED(integers) bin = __builtin_convertvector(scaled, TYPED(integers));
+            /* The conversion truncates. */
+            bin += scaled < __builtin_convertvector(bin, TYPED(reals));
+            bin += bin > last; /* The last bin includes its upper edge. */
+            bin += offsets;
+            memcpy(numbers + row * LANES, &bin, sizeof bin);
+        }
+        for (int64_t i = 0; i < some * LANES; i += LANES) {
+            for (int64_t j = 0; j < LANES; j++) {
+                counts[numbers[i + j]] += 1;
+            }
         }
     }
 }
 
-/* Count `rows` by LANES values. */
-static void TYPED(count_lanes)(const REAL *values, int64_t rows, int64_t stride, unit_stats *units,
-                               int64_t *histogram, const count_options *options) {
+/* What one pass over `rows` by LANES values finds. */
+typedef struct {
+    TYPED(reals) least, most;
+    TYPED(integers) below, above, is_finite;
+    double sum[LANES], squares[LANES], cubes[LANES], fourths[LANES];
+} TYPED(found);
+
+/* Scan `rows` by LANES values, with the requested sums about `shifts`. */
+static inline __attribute__((always_inline)) void TYPED(scan)(
+    const REAL *values, int64_t rows, int64_t stride, const double *shifts,
+    const count_options *options, int moments, int powers, TYPED(found) *found) {
     TYPED(reals) least = TYPED(load)(values), most = least;
-    double shifts[LANES], sum[LANES], squares[LANES];
-    TYPED(doubles) shift[2], sums[2] = {{0}}, more[2] = {{0}};
-    TYPED(integers) below = {0}, above = {0};
+    TYPED(integers) below = {0}, above = {0}, is_finite = ~below;
+    TYPED(doubles) shift[2], sum[2] = {{0}}, squares[2] = {{0}}, cubes[2] = {{0}}, fourths[2] = {{0}};
     REAL lower = (REAL)options->below, upper = (REAL)options->above;
-    for (int j = 0; j < LANES; j++) {
-        shifts[j] = units[j].count ? units[j].mean : (double)values[j];
-    }
     memcpy(shift, shifts, sizeof shift);
     for (int64_t row = 0; row < rows; row++) {
-        __builtin_prefetch(values + (row + 8) * stride);
-        TYPED(reals) value = TYPED(load)(values + row * stride);
-        TYPED(reals) size = TYPED(absolute)(value);
-        for (int i = 0; i < 2; i++) {
-            TYPED(doubles) off =
-                TYPED(load_doubles)(values + row * stride + i * (LANES / 2)) - shift[i];
-            sums[i] += off;
-            more[i] += off * off;
+        const REAL *from = values + row * stride;
+        __builtin_prefetch(from + 8 * stride);
+        TYPED(reals) value = TYPED(load)(from), size = TYPED(absolute)(value);
+        is_finite &= value - value == 0;
+        for (int i = 0; moments && i < 2; i++) {
+            TYPED(doubles) off = TYPED(load_doubles)(from + i * (LANES / 2)) - shift[i];
+            TYPED(doubles) square = off * off;
+            sum[i] += off;
+            squares[i] += square;
+            if (powers) {
+                cubes[i] += square * off;
+                fourths[i] += square * square;
+            }
         }
         least = TYPED(smaller)(least, value);
         most = TYPED(larger)(most, value);
         below -= size < lower;
         above -= size > upper;
     }
-    memcpy(sum, sums, sizeof sum);
-    memcpy(squares, more, sizeof squares);
-    int is_finite = 1, is_within = 1;
+    found->least = least;
+    found->most = most;
+    found->below = below;
+    found->above = above;
+    found->is_finite = is_finite;
+    memcpy(found->sum, sum, sizeof sum);
+    memcpy(found->squares, squares, sizeof squares);
+    memcpy(found->cubes, cubes, sizeof cubes);
+    memcpy(found->fourths, fourths, sizeof fourths);
+}
+
+/* Count `rows` by LANES values of the units from number `first` on. `counts` are their small counts of
+ * bins. */
+static void TYPED(count_lanes)(const REAL *values, int64_t rows, int64_t stride, int64_t first,
+                               unit_stats *units, int64_t *histogram, uint16_t *counts,
+                               const count_options *options) {
+    TYPED(found) found;
+    double shifts[LANES];
     for (int j = 0; j < LANES; j++) {
-        /* A NaN or an infinity is in the sum. A sum of finite values can overflow only in float64. */
-        is_finite &= isfinite(sum[j]) != 0;
-        is_within &= least[j] >= options->low && most[j] <= options->high;
+        const unit_stats *unit = units + first + j;
+        shifts[j] = unit->count ? unit->mean : (double)values[first + j];
     }
-    if (!is_finite || (options->bins && !is_within)) {
-        TYPED(count_slowly)(values, rows, stride, LANES, units, histogram, options);
+    if (!options->moments) {
+        TYPED(scan)(values + first, rows, stride, shifts, options, 0, 0, &found);
+    } else if (options->cubes == NULL) {
+        TYPED(scan)(values + first, rows, stride, shifts, options, 1, 0, &found);
+    } else {
+        TYPED(scan)(values + first, rows, stride, shifts, options, 1, 1, &found);
+    }
+    int is_plain = 1;
+    for (int j = 0; j < LANES; j++) {
+        int is_within = found.least[j] >= options->low && found.most[j] <= options->high;
+        /* A sum of finite values can overflow only in float64. */
+        is_plain &= found.is_finite[j] && isfinite(found.sum[j]) && (!options->bins || is_within);
+    }
+    if (!is_plain) {
+        TYPED(count_slowly)(values, rows, stride, first, LANES, units, histogram, options);
         return;
     }
     for (int j = 0; j < LANES; j++) {
-        unit_stats *unit = units + j;
+        unit_stats *unit = units + first + j;
         unit->count += rows;
-        unit->minimum = least[j] < unit->minimum ? least[j] : unit->minimum;
-        unit->maximum = most[j] > unit->maximum ? most[j] : unit->maximum;
+        unit->minimum = found.least[j] < unit->minimum ? found.least[j] : unit->minimum;
+        unit->maximum = found.most[j] > unit->maximum ? found.most[j] : unit->maximum;
         if (options->shares) {
-            unit->below += below[j];
-            unit->above += above[j];
+            unit->below += found.below[j];
+            unit->above += found.above[j];
         }
         if (options->moments) {
-            TYPED(add_moments)(unit, shifts[j], sum[j], squares[j]);
+            TYPED(sums) sums = {shifts[j], found.sum[j], found.squares[j], found.cubes[j],
+                                found.fourths[j]};
+            TYPED(add_moments)(unit, first + j, options, &sums);
         }
     }
     if (options->bins) {
-        TYPED(count_bins)(values, rows, stride, histogram, options);
+        TYPED(count_bins)(values + first, rows, stride, counts, options);
     }
 }
 
 static void TYPED(count)(const REAL *values, int64_t rows, int64_t width, unit_stats *units,
                          int64_t *histogram, const count_options *options) {
-    /* A block of rows stays in the second-level cache while its columns are counted. */
+    /* Rows that stay in the cache between two passes over them. */
     int64_t block = 192 * 1024 / ((int64_t)sizeof(REAL) * (width > 0 ? width : 1));
     block = block < 16 ? 16 : block;
-    int64_t whole = width - width % LANES;
-    for (int64_t start = 0; start < rows; start += block) {
-        int64_t count = rows - start < block ? rows - start : block;
-        const REAL *first = values + start * width;
+    int64_t whole = width - width % LANES, bins = options->bins;
+    /* With bins, LANES units after LANES units, whose small counts stay in the first-level cache. They
+     * hold as many rows as 16 bits count. Otherwise block after block. */
+    int64_t together = bins ? UINT16_MAX - UINT16_MAX % block : block;
+    uint16_t counts[MOST_BINS * LANES];
+    for (int64_t start = 0; start < rows; start += together) {
+        int64_t stop = rows - start < together ? rows : start + together;
         for (int64_t unit = 0; unit < whole; unit += LANES) {
-            TYPED(count_lanes)(first + unit, count, width, units + unit,
-                               histogram + unit * options->bins, options);
-        }
-        TYPED(count_slowly)(first + whole, count, width, width - whole, units + whole,
-                            histogram + whole * options->bins, options);
-    }
-}
-
-/* Add the second, third and fourth powers of the finite values about the mean of their unit to `sums`,
- * (3, width). */
-static void TYPED(add_powers)(const REAL *values, int64_t rows, int64_t width, const double *means,
-                              double *sums) {
-    enum { HALF = LANES / 2 };
-    int64_t block = 192 * 1024 / ((int64_t)sizeof(REAL) * (width > 0 ? width : 1));
-    block = block < 16 ? 16 : block;
-    int64_t whole = width - width % HALF;
-    for (int64_t start = 0; start < rows; start += block) {
-        int64_t stop = rows - start < block ? rows : start + block;
-        for (int64_t unit = 0; unit < whole; unit += HALF) {
-            TYPED(doubles) mean, powers[3];
-            memcpy(&mean, means + unit, sizeof mean);
-            for (int power = 0; power < 3; power++) {
-                memcpy(powers + power, sums + power * width + unit, sizeof mean);
+            memset(counts, 0, (size_t)(bins * LANES) * sizeof *counts);
+            for (int64_t at = start; at < stop; at += block) {
+                TYPED(count_lanes)(values + at * width, stop - at < block ? stop - at : block, width,
+                                   unit, units, histogram, counts, options);
             }
-            for (int64_t row = start; row < stop; row++) {
-                TYPED(doubles) value = TYPED(load_doubles)(values + row * width + unit);
-                TYPED(longs) is_finite = value - value == 0;
-                TYPED(doubles) off = (TYPED(doubles))((TYPED(longs))(value - mean) & is_finite);
-                TYPED(doubles) square = off * off;
-                powers[0] += square;
-                powers[1] += square * off;
-                powers[2] += square * square;
-            }
-            for (int power = 0; power < 3; power++) {
-                memcpy(sums + power * width + unit, powers + power, sizeof mean);
+            for (int64_t i = 0; i < bins * LANES; i++) {
+                histogram[unit * bins + i] += counts[i];
             }
         }
-        for (int64_t unit = whole; unit < width; unit++) {
-            for (int64_t row = start; row < stop; row++) {
-                double off = (double)values[row * width + unit] - means[unit];
-                double square = off * off;
-                if (isfinite(values[row * width + unit])) {
-                    sums[unit] += square;
-                    sums[width + unit] += square * off;
-                    sums[2 * width + unit] += square * square;
-                }
-            }
+        for (int64_t at = start; at < stop; at += block) {
+            TYPED(count_slowly)(values + at * width, stop - at < block ? stop - at : block, width,
+                                whole, width - whole, units, histogram, options);
         }
     }
 }

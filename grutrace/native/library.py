@@ -46,6 +46,8 @@ class CountOptions(ctypes.Structure):
         ("above", ctypes.c_double),
         ("shares", _integer),
         ("moments", _integer),
+        ("cubes", _address),
+        ("fourths", _address),
     ]
 
 
@@ -145,7 +147,6 @@ class Library:
         copy_step: Copies the gates of one step, as a `CopyPlan` says.
         states: By NumPy type: copies the states of a call, and compares them with the gates.
         count: By NumPy type: counts values unit by unit.
-        add_powers: By NumPy type: adds up powers about the mean, unit by unit.
         replay: Computes gates and checks from products in float32; see `ReplayBlock`.
         held_step: Computes a step whose gates are held at some units in float32; see `HeldStep`.
         add_call: Copies a call of one step to a `CallSeries`. Keeps the GIL, because releasing it
@@ -156,7 +157,6 @@ class Library:
     copy_step: Callable[..., None]
     states: dict[str, Callable[..., float]]
     count: dict[str, Callable[..., None]]
-    add_powers: dict[str, Callable[..., None]]
     replay: Callable[..., int]
     held_step: Callable[..., None]
     add_call: Callable[..., int]
@@ -214,7 +214,6 @@ def _describe(library: ctypes.CDLL, held: ctypes.PyDLL, wanted: str) -> Library 
         _function(library.grutrace_copy_step, [_address, _address, _address]),
         by_type("states", states, ctypes.c_double),
         by_type("count", count),
-        by_type("add_powers", [_address, _integer, _integer, _address, _address]),
         _function(library.grutrace_replay, [_address], _integer),
         _function(library.grutrace_held_step, [_address, _address, _address]),
         _function(held.grutrace_add_call, [_address, _integer, *[_address] * 5], _integer),

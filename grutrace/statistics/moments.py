@@ -158,11 +158,21 @@ def unit_stats(rows: Mapping[str, Array], *, shares: bool = True, moments: bool 
     return units
 
 
-def compiled_stats(block: Array, *, shares: bool, moments: bool) -> Array | None:
-    """Return the statistics of `summarize_block`; None without a compiled function for them."""
+def compiled_stats(
+    block: Array, *, shares: bool, moments: bool, powers: Array | None = None
+) -> Array | None:
+    """Return the statistics of `summarize_block`; None without a compiled function for them.
+
+    Args:
+        block: (n, H), C-contiguous.
+        shares: As for `summarize_block`.
+        moments: Likewise.
+        powers: (2, H) zeros, which become the sums of third and fourth powers of the deviations
+            from the mean; None to leave them out.
+    """
     units, histogram = empty_stats(block.shape[1]), np.empty((block.shape[1], 0), np.int64)
     is_counted = count_rows(
-        block, units, histogram, None, (LOW, HIGH), shares=shares, moments=moments
+        block, units, histogram, None, (LOW, HIGH), shares=shares, moments=moments, powers=powers
     )
     return units if is_counted else None
 

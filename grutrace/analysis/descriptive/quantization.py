@@ -16,7 +16,7 @@ from functools import partial
 
 import numpy as np
 
-from grutrace.analysis.engine.map_reduce import summarize_rows
+from grutrace.analysis.engine.map_reduce import summarize_each
 from grutrace.analysis.engine.result import Result
 from grutrace.analysis.engine.site_data import SiteLike, as_site_data
 from grutrace.errors import NotRecordedError
@@ -77,10 +77,9 @@ def quantization(site: SiteLike) -> Quantization:
     if not quantities:
         raise NotRecordedError(f"{data.name!r} stores no gates and no states")
     storage_dtype = data.rows(quantities[0]).dtype
-    sums = {
-        name: summarize_rows(data, (name,), partial(_spacing_sums, bounded=name in GATES))
-        for name in quantities
-    }
+    sums = summarize_each(
+        data, {name: partial(_spacing_sums, bounded=name in GATES) for name in quantities}
+    )
     # A type at least as precise as the computation stores values exactly.
     share = 0.0 if np.finfo(storage_dtype).eps <= data.precision else 1.0
 

@@ -18,7 +18,7 @@ from functools import partial
 
 import numpy as np
 
-from grutrace.analysis.engine.map_reduce import summarize_rows
+from grutrace.analysis.engine.map_reduce import summarize_each
 from grutrace.analysis.engine.result import Result
 from grutrace.analysis.engine.site_data import SiteLike, as_site_data
 from grutrace.errors import NotRecordedError
@@ -88,7 +88,7 @@ def saturation(site: SiteLike) -> Saturation:
         raise NotRecordedError(f"{data.name!r} has no gates; it has {', '.join(data.quantities)}")
     requested = [*gates, *(["hidden"] if "hidden" in data.quantities else [])]
     stats_of = partial(unit_stats, moments=False)
-    units = {name: summarize_rows(data, (name,), stats_of, merge_stats) for name in requested}
+    units = summarize_each(data, dict.fromkeys(requested, stats_of), merge_stats)
     left = {gate: _share(units[gate], "below") for gate in gates}
     right = {gate: _share(units[gate], "above") for gate in gates}
     return Saturation(
@@ -157,16 +157,14 @@ class SiteSummary:
 def summarize_site(site: SiteTrace) -> SiteSummary:
     """Summarize a site, a block of rows at a time."""
     data = as_site_data(site)
+    gates = [name for name in GATES if name in data.quantities]
+    units = summarize_each(data, dict.fromkeys(gates, unit_stats), merge_stats)
     return SiteSummary(
         site=site.name,
         sequences=len(data.lengths),
         steps=data.steps,
         residual=site.residual,
-        gates={
-            name: _gate_summary(summarize_rows(data, (name,), unit_stats, merge_stats))
-            for name in GATES
-            if name in data.quantities
-        },
+        gates={name: _gate_summary(each) for name, each in units.items()},
     )
 
 

@@ -24,7 +24,7 @@ from grutrace.analysis.engine.segments import (
 from grutrace.analysis.engine.site_data import SiteData, SiteLike, as_site_data, row_bytes
 from grutrace.errors import OptionError, require_extra
 from grutrace.records import Array
-from grutrace.storage.read.lazy_rows import block_slices, items_per_block
+from grutrace.storage.read.lazy_rows import LazyRows, block_slices, items_per_block
 
 #: Largest number of threads. Each holds a block of rows, and they share the reading.
 MAX_THREADS = 4
@@ -170,6 +170,36 @@ def summarize_rows(
     return summarize({name: np.asarray(site.rows(name)[:0]) for name in quantities})
 
 
+def summarize_each(
+    site: SiteData,
+    summarize: Mapping[str, Callable[[Mapping[str, Array]], SummaryT]],
+    merge: Callable[[SummaryT, SummaryT], None] | None = None,
+) -> dict[str, SummaryT]:
+    """Summarize all rows of each quantity by itself, several quantities at once.
+
+    Args:
+        site: The site.
+        summarize: By quantity, as for `summarize_rows`.
+        merge: Likewise.
+
+    Raises:
+        NotRecordedError: A quantity was not recorded.
+    """
+    reducers = reduce_each(
+        site,
+        {
+            name: partial(_BlockSummaries, of_block, merge or merge_totals)
+            for name, of_block in summarize.items()
+        },
+    )
+    return {
+        name: summarize[name]({name: np.asarray(site.rows(name)[:0])})
+        if reducer.summary is None
+        else reducer.summary
+        for name, reducer in reducers.items()
+    }
+
+
 def merge_totals(totals: Any, later: Any) -> None:
     """Add the totals of later rows, by name: arrays, numbers or lists.
 
@@ -221,12 +251,41 @@ def reduce_rows(
     Raises:
         NotRecordedError: A quantity was not recorded.
     """
+    return _reduce_parts(site, _row_parts(site, quantities), make_reducer)
+
+
+def reduce_each(
+    site: SiteData, make_reducers: Mapping[str, Callable[[], ReducerT]]
+) -> dict[str, ReducerT]:
+    """Reduce all rows of each quantity by itself, several quantities at once.
+
+    Args:
+        site: The site.
+        make_reducers: By quantity, as for `reduce_rows`.
+
+    Raises:
+        NotRecordedError: A quantity was not recorded.
+    """
+    names, tasks = list[str](), list[Callable[[], ReducerT]]()
+    for name, make_reducer in make_reducers.items():
+        for part in _row_parts(site, (name,)):
+            names.append(name)
+            tasks.append(partial(_reduce, make_reducer, part))
+    merged = {name: make_reducer() for name, make_reducer in make_reducers.items()}
+    for name, reducer in zip(names, run_tasks(site, tasks), strict=True):
+        merged[name].merge(reducer)
+    return merged
+
+
+def _row_parts(
+    site: SiteData, quantities: Sequence[str]
+) -> list[Callable[[], Iterator[dict[str, Array]]]]:
+    """Split all rows of some quantities into tasks, each of which yields its blocks."""
     site.require(*quantities)
-    parts = [
+    return [
         partial(_iter_blocks, site, quantities, part.start, part.stop)
         for part in block_slices(site.steps, PART_BYTES, row_bytes(site, quantities))
     ]
-    return _reduce_parts(site, parts, make_reducer)
 
 
 def reduce_sequences(
@@ -264,11 +323,23 @@ def reduce_sequences(
 def _iter_blocks(
     site: SiteData, quantities: Sequence[str], start: int, stop: int
 ) -> Iterator[dict[str, Array]]:
-    """Yield rows `start` to `stop` - 1 in blocks of bounded size."""
+    """Yield rows `start` to `stop` - 1 in blocks of bounded size, each valid until the next."""
     sources = {name: site.rows(name) for name in quantities}
+    buffers = dict[str, Array]()
     for block in block_slices(stop - start, BLOCK_BYTES, row_bytes(site, quantities)):
         part = slice(start + block.start, start + block.stop)
-        yield {name: np.asarray(rows[part]) for name, rows in sources.items()}
+        # New memory costs as much as reading: the system fills it with zeros.
+        buffers = buffers or {
+            name: np.empty((block.stop, *rows.shape[1:]), rows.dtype)
+            for name, rows in sources.items()
+            if isinstance(rows, LazyRows)
+        }
+        yield {
+            name: rows.read_into(part, buffers[name][: block.stop - block.start])
+            if isinstance(rows, LazyRows)
+            else np.asarray(rows[part])
+            for name, rows in sources.items()
+        }
 
 
 def run_tasks(site: SiteData, tasks: Sequence[Callable[[], ResultT]]) -> Iterator[ResultT]:

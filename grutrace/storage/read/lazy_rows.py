@@ -11,7 +11,7 @@ import math
 import operator
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -19,6 +19,7 @@ import h5py
 import numpy as np
 
 from grutrace.records import Array
+from grutrace.storage.hdf5.chunk_reads import SMALLEST, find_rows
 from grutrace.storage.hdf5.filters import is_compressed
 from grutrace.storage.interfaces import Rows
 from grutrace.storage.read.array_like import ArrayLike
@@ -74,6 +75,18 @@ class LazyRows(ArrayLike):
 
     def __getitem__(self, key: Any) -> Any:
         return _writable(self._get(key))
+
+    def read_into(self, rows: slice, target: Array) -> Array:  # noqa: ARG002
+        """Read a slice of rows, (n, W), into memory that is used again, if they must be copied.
+
+        Args:
+            rows: The rows, from a first to a last one in steps of one.
+            target: (n, W) of the type of the rows, C-contiguous.
+
+        Returns:
+            The target, or another array, which may be read-only.
+        """
+        return self._read(rows, _ALL)
 
     def _get(self, key: Any) -> Any:
         if _is_mask(key, self.shape):
@@ -178,13 +191,41 @@ class FileRows(LazyRows):
         super().__init__(shape, dtype)
         self._acquire, self._filter_checked = acquire, False
 
+    def read_into(self, rows: slice, target: Array) -> Array:
+        """Read a slice of rows into the target, where it is not read by HDF5."""
+        return self._read_all_columns(rows, target)
+
     def _read(self, rows: slice, columns: slice) -> Array:
+        numbers = range(len(self))[rows]
+        is_whole = numbers.step == 1 and range(self.shape[1])[columns] == range(self.shape[1])
+        if is_whole and len(numbers) * item_bytes(self) >= SMALLEST:
+            return self._read_all_columns(slice(numbers.start, numbers.stop))
+        with self._open() as dataset:
+            return np.asarray(dataset[rows, columns])
+
+    def _read_all_columns(self, rows: slice, target: Array | None = None) -> Array:
+        """Read rows from a first to a last one, into an array of their shape if one is given."""
+        with self._open() as dataset:
+            pieces = find_rows(dataset, rows.start, rows.stop, self.dtype)
+            if pieces is None:
+                return np.asarray(dataset[rows])
+        if target is None:
+            target = np.empty((rows.stop - rows.start, self.shape[1]), self.dtype)
+        with pieces:
+            if pieces.read_into(target):
+                return target
+        # HDF5 says what is wrong with the file.
+        with self._open() as dataset:
+            return np.asarray(dataset[rows])
+
+    @contextmanager
+    def _open(self) -> Iterator[h5py.Dataset]:
         with self._acquire() as dataset:
             if not self._filter_checked:
                 # Checked on the first read: opening a compressed trace needs no hdf5plugin.
                 is_compressed(dataset)
                 self._filter_checked = True
-            return np.asarray(dataset[rows, columns])
+            yield dataset
 
     def _take(self, rows: Array, columns: slice) -> Array:
         """Read rows in any order, in spans of nearby rows."""
