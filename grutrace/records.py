@@ -193,6 +193,10 @@ MARK_PREFIX = "grutrace:"
 #: Prefix of the label, with the suffix of a site, that says what an intervention has set at a step.
 SET_PREFIX = f"{MARK_PREFIX}set:"
 
+#: Prefix of labels with the values of gates that an intervention has set, where gates are
+#: recomputed on reading: ``grutrace:value:l0:update[3,7]``.
+VALUE_PREFIX = f"{MARK_PREFIX}value:"
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -225,6 +229,7 @@ class CallRecord:
         sites: Rows by site suffix, for every recorded site of the module.
         forks: Forks among the sequences that start in this call.
         origins: Marks of the sequences that start in this call, if they have one.
+        annotations: Annotations of the call's steps that are stored together with the call.
     """
 
     module: int
@@ -237,6 +242,7 @@ class CallRecord:
     sites: Mapping[str, SiteRows]
     forks: tuple[Fork, ...] = ()
     origins: tuple[Origin, ...] = ()
+    annotations: tuple[AnnotationRecord, ...] = ()
 
     @property
     def is_proven(self) -> bool:

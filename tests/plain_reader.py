@@ -109,6 +109,7 @@ class PlainSite:
     def __init__(self, group, module, rows):
         self.module = module
         self.name = group.attrs["name"]
+        self.suffix = group.name.rpartition("/")[2]
         self.layer = int(group.attrs["layer"])
         self.reverse = bool(group.attrs["reverse"])
         self.input_size = int(group.attrs["input_size"])
@@ -176,5 +177,16 @@ class PlainSite:
             h = weights["weight_hh"] @ previous[step] + weights.get("bias_hh", 0)
             (i_r, i_z, i_n), (h_r, h_z, h_n) = np.split(i, 3), np.split(h, 3)
             r, z = 1 / (1 + np.exp(-i_r - h_r)), 1 / (1 + np.exp(-i_z - h_z))
-            rows.append({"reset": r, "update": z, "candidate": np.tanh(i_n + r * h_n)}[quantity])
+            r, z = self.as_set("reset", r, number, step), self.as_set("update", z, number, step)
+            n = self.as_set("candidate", np.tanh(i_n + r * h_n), number, step)
+            rows.append({"reset": r, "update": z, "candidate": n}[quantity])
         return np.array(rows).reshape(len(versions), -1)
+
+    def as_set(self, gate, values, number, step):
+        """A gate at one step, with the values that an intervention has set."""
+        prefix = f"grutrace:value:{self.suffix}:{gate}["
+        for name, by_step in self.module.annotated(number).items():
+            if name.startswith(prefix) and step in by_step:
+                units = name.removeprefix(prefix).removesuffix("]").split(",")
+                values[[int(unit) for unit in units]] = by_step[step]
+        return values

@@ -20,7 +20,6 @@ from grutrace.capture.kernel_calls.subscription import Subscription, UnknownModu
 from grutrace.capture.kernel_calls.torch_context import SkippedCall
 from grutrace.capture.selection import SelectedModule, find_grus
 from grutrace.capture.tracer_warnings import TracerWarnings
-from grutrace.errors import UnsupportedError
 from grutrace.gru.gate_copies import GateRequest
 from grutrace.options import CompiledCode, Stacks
 
@@ -40,7 +39,6 @@ class Attachment:
         receive: A method, called with the index and the run after each call.
         should_record: A method, called with the index before each call: whether to observe it.
         warnings: Receives the warnings.
-        is_deferred: Whether gates are recomputed when they are read.
 
     Attributes:
         lock: Held while the subscriptions change.
@@ -56,10 +54,7 @@ class Attachment:
         receive: Callable[[int, KernelRun | SkippedCall], None],
         should_record: Callable[[int], bool],
         warnings: TracerWarnings,
-        *,
-        is_deferred: bool = False,
     ) -> None:
-        self._replaced_error = _deferred_error() if is_deferred else None
         self.lock = threading.RLock()
         self._model = weakref.ref(model)
         self._selections, self._requests = selections, requests
@@ -116,7 +111,6 @@ class Attachment:
             self._stacks,
             should_record,
             self._requests[index],
-            replaced_error=self._replaced_error,
         )
         # Stored before it starts: an interruption must not leave it active.
         self._subscriptions.append(subscription)
@@ -167,14 +161,6 @@ class Attachment:
                     self.subscribe(index, module)
         elif location.reason is not None and location.path not in self._grus:
             self._warnings.warn_once(location.reason, location.reason)
-
-
-def _deferred_error() -> UnsupportedError:
-    return UnsupportedError(
-        "gates that grutrace.intervene sets cannot be recorded with gates='deferred', because they "
-        "do not follow from the states and weights: pass gates='inline', or stop recording within "
-        "the block"
-    )
 
 
 class _WeakMethod:

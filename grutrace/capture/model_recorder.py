@@ -113,7 +113,6 @@ class ModelRecorder:
             self.receive,
             self.should_record,
             self._warnings,
-            is_deferred=options.gates == "deferred",
         )
         self._lock = self._attachment.lock
         self._finalizer = weakref.finalize(

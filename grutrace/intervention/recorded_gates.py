@@ -46,6 +46,7 @@ def gates_as_set(
     targets = [_by_time(values, order) for values in (*gates, computed)]
     codes = torch.zeros((*hidden.shape[:-1], 1), dtype=torch.int64, device=hidden.device)
     codes_by_time, numbers = _by_time(codes, order), dict[str, int]()
+    units: list[dict[str, tuple[int, ...]]] = []
     touched: set[int] = set()
     for time in order.times:
         if time not in run_gates:
@@ -59,11 +60,15 @@ def gates_as_set(
         for target, values in zip(targets, run_gates[time], strict=True):
             if is_set_state or target is not targets[3]:
                 target[time][kept] = values[kept].to(target[time].dtype)
-        for row, text in set_rows.items():
-            codes_by_time[time][row] = numbers.setdefault(text, len(numbers)) + 1
+        for row, quantities in set_rows.items():
+            text = describe(quantities, hidden.shape[-1])
+            if text not in numbers:
+                numbers[text] = len(numbers)
+                units.append(_units_of_gates(quantities))
+            codes_by_time[time][row] = numbers[text] + 1
     error = compare(cell.step(gates, previous), computed, products)
     by_name = {name: getattr(gates, name) for name in GATES}
-    return GatesAsSet(by_name, error, gates.update.dtype, codes, list(numbers))
+    return GatesAsSet(by_name, error, gates.update.dtype, codes, list(numbers), units)
 
 
 def _by_time(values: Tensor, order: StepOrder) -> Sequence[Tensor]:
@@ -71,8 +76,10 @@ def _by_time(values: Tensor, order: StepOrder) -> Sequence[Tensor]:
     return values.unbind(0) if order.padded else torch.split(values, list(order.sizes))
 
 
-def _set_rows(bound: Sequence[BoundSetting], time: int, size: int) -> tuple[dict[int, str], bool]:
-    """Return what was set of each row at a time, and whether states were."""
+def _set_rows(
+    bound: Sequence[BoundSetting], time: int, size: int
+) -> tuple[dict[int, dict[str, set[int]]], bool]:
+    """Return the units of each quantity that were set in each row, and whether states were."""
     units: dict[int, dict[str, set[int]]] = {}
     is_set_state = False
     for one in bound:
@@ -81,8 +88,16 @@ def _set_rows(bound: Sequence[BoundSetting], time: int, size: int) -> tuple[dict
             for row in range(size) if rows.rows is None else rows.rows:
                 quantities = units.setdefault(row, {})
                 quantities.setdefault(one.setting.quantity, set()).update(one.setting.unit_numbers)
-    size_of = bound[0].setting.hidden_size if bound else 0
-    return {row: describe(quantities, size_of) for row, quantities in units.items()}, is_set_state
+    return units, is_set_state
+
+
+def _units_of_gates(quantities: Mapping[str, set[int]]) -> dict[str, tuple[int, ...]]:
+    """Return the units of each gate that were set, directly or by their pre-activation."""
+    units = {
+        name: sorted(quantities.get(name, set()) | quantities.get(f"{name}_preactivation", set()))
+        for name in GATES
+    }
+    return {name: tuple(numbers) for name, numbers in units.items() if numbers}
 
 
 def describe(quantities: Mapping[str, set[int]], size: int) -> str:

@@ -285,6 +285,7 @@ class CountingConsumer:
         for number, suffix in sites:
             self._accumulator.check(number, record.sites[suffix].residual, call)
         self._accumulator.count_calls(record.module, 1, sequences, int(record.steps.sum()))
+        self._accumulator.annotations += len(record.annotations)
         self._counted += 1
 
     def _count_batch(self, batch: CallBatch) -> None:

@@ -16,13 +16,21 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import grutrace
 from grutrace.analysis import verify
+from grutrace.analysis.verification.materialize import materialize_file
+from grutrace.capture.recording.guarded_sink import GuardedSink
 from grutrace.intervention.settings import SETTABLE
+from grutrace.records import WeightsRecord
 from tests import oracles
 from tests.intervention.loops import initial_states, run_loop, suffixes
+from tests.plain_reader import PlainTrace
 from tests.strategies import Case, cases
 
+UPDATE = "update[1,4]"
 EVERYTHING = ("reset", "update", "candidate", "hidden", "input")
-SINKS = [("inline", False), ("background", False), ("inline", True)]
+SINKS = [
+    *(("inline", False), ("background", False), ("inline", True)),
+    *(("deferred", False), ("deferred", True)),
+]
 
 
 def path_of(tmp_path: Path, to_file: bool) -> Path | None:
@@ -38,7 +46,8 @@ def test_the_gates_are_recorded_as_they_were_set(
     layer = nn.GRU(3, 5, 2, bidirectional=True)
     x = torch.randn(7, 4, 3)
     path = path_of(tmp_path, to_file)
-    with grutrace.trace(layer, path, gates=gates, record=EVERYTHING, check="raise") as trace:
+    check = "warn" if gates == "deferred" else "raise"
+    with grutrace.trace(layer, path, gates=gates, record=EVERYTHING, check=check) as trace:
         layer(x)
         with grutrace.intervene(
             layer,
@@ -77,7 +86,8 @@ def test_the_gates_are_recorded_as_they_were_set(
     assert label not in trace["l0"].sequence(0).labels
     assert label not in trace["l0"].sequence(5).labels
     assert trace.calls["set"].tolist() == [None, f"l0_reverse: {text}"]
-    assert all(result.holds and result.check == "gates" for result in verify(trace))
+    checked = "derived" if gates == "deferred" else "gates"
+    assert all(result.holds and result.check == checked for result in verify(trace))
 
 
 def test_control_verify_finds_a_gate_that_does_not_follow_from_those_set(tmp_path: Path) -> None:
@@ -112,7 +122,7 @@ def test_the_lattice(case: Case, data: st.DataObject) -> None:
     quantity = data.draw(st.sampled_from(SETTABLE))
     unit = data.draw(st.integers(0, layer.hidden_size - 1))
     step = data.draw(st.integers(0, min(map(len, inputs)) - 1))
-    gates = data.draw(st.sampled_from(("inline", "background")))
+    gates = data.draw(st.sampled_from(("inline", "background", "deferred")))
     kept = data.draw(st.sampled_from((None, slice(1, 4))))
     seen: dict[tuple[str, str, int, int], np.ndarray] = {}
 
@@ -124,7 +134,7 @@ def test_the_lattice(case: Case, data: st.DataObject) -> None:
         return values
 
     options: dict[str, Any] = {"gates": gates, "steps": kept, "check": "raise"}
-    if gates == "background":
+    if gates != "inline":
         options["check"] = "warn"
     intervention = grutrace.intervene(layer, site, units=unit, steps=step, **{quantity: -0.2})
     with grutrace.trace(layer, record=EVERYTHING, **options) as trace, intervention:
@@ -140,7 +150,7 @@ def test_the_lattice(case: Case, data: st.DataObject) -> None:
     assert all(result.holds for result in verify(trace))
 
 
-@pytest.mark.parametrize("gates", ["inline", "background"])
+@pytest.mark.parametrize("gates", ["inline", "background", "deferred"])
 def test_a_decoder(gates: Any) -> None:
     torch.manual_seed(0)
     cell, x = nn.GRUCell(3, 4), torch.randn(30, 2, 3)
@@ -202,18 +212,135 @@ def test_packed_sequences() -> None:
     assert verify(trace)[0].holds
 
 
-def test_deferred_gates_are_refused_before_the_layer_runs(tmp_path: Path) -> None:
-    layer = nn.GRU(3, 5)
-    with grutrace.trace(layer, tmp_path / "run.h5", gates="deferred") as trace:
+def closing(gate: Tensor, at: Any) -> Tensor:
+    """Another value for each sequence, step and unit."""
+    return gate * (0.5 + 0.1 * at.step)
+
+
+@pytest.mark.parametrize("record", [("update",), ("candidate", "hidden"), EVERYTHING])
+def test_deferred_gates_are_those_of_an_inline_trace(record: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layer, x = nn.GRU(3, 5, 2, bidirectional=True), torch.randn(7, 4, 3)
+    settings = {
+        "l0": {"reset": closing, "candidate": 0.1},
+        "l1_reverse": {"update_preactivation": closing, "hidden": closing},
+    }
+
+    def run() -> None:
+        layer(x)
+        with grutrace.intervene(layer, settings, units=[0, 2, 3], steps=slice(2, None)):
+            layer(x)
+
+    path, derived = tmp_path / "run.h5", tmp_path / "derived.h5"
+    with grutrace.trace(layer, record=EVERYTHING) as inline:
+        run()
+    with grutrace.trace(layer, path, gates="deferred", record=record):
+        run()
+    plain = PlainTrace(path).modules[0]
+    with grutrace.open(path) as trace:
+        for site in trace.sites:
+            for name in (name for name in record if name != "input"):
+                expected = np.asarray(inline[site][name])
+                assert np.allclose(trace[site][name], expected, rtol=0, atol=1e-6), (site, name)
+                rows = np.concatenate([plain.sites[site].derive(n, name) for n in range(8)])
+                assert np.allclose(rows, expected, rtol=0, atol=1e-6)
+        assert all(result.holds and result.check == "derived" for result in verify(trace))
+        assert trace.calls["set"].tolist() == inline.calls["set"].tolist()
+        assert trace["l0"].label_names == inline["l0"].label_names
+        before = inline["l0"].preactivation("reset")
+        assert np.allclose(trace["l0"].preactivation("reset"), before, rtol=0, atol=1e-5)
+        chosen = trace.select(sequences=[5, 6])
+        name = record[0]
+        assert np.array_equal(
+            chosen["l0"].sequence(1).rows(name), trace["l0"].sequence(6).rows(name)
+        )
+        materialize_file(trace, derived)
+    with grutrace.open(derived) as trace:
+        assert np.allclose(trace["l0"][record[0]], inline["l0"][record[0]], rtol=0, atol=1e-6)
+        assert all(result.holds for result in verify(trace))
+
+
+def damage(path: Path, name: str) -> None:
+    """Change a value of a gate that was set, in the file."""
+    with h5py.File(path, "r+") as file:
+        ends = file["strings"][()].tolist()
+        names = [
+            bytes(file["characters"][start:end]).decode()
+            for start, end in zip([0, *ends], ends, strict=False)
+        ]
+        entries, first = file["annotations"][()], 0
+        for entry in entries:
+            if names[entry["name"] - 1] == name:
+                file["values"][first + 3] += 0.1
+                return
+            first += int(entry["count"])
+    raise AssertionError(names)
+
+
+def test_control_verify_finds_a_wrong_value_of_a_deferred_gate(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layer, path = nn.GRU(3, 5), tmp_path / "run.h5"
+    intervention = grutrace.intervene(layer, "l0", reset=0.25, units=[1, 2])
+    with grutrace.trace(layer, path, gates="deferred"), intervention:
+        layer(torch.randn(7, 2, 3))
+    with grutrace.open(path) as trace:
+        assert verify(trace)[0].holds
+        assert (trace["l0"].reset[:, 1:3] == 0.25).all()
+    damage(path, "grutrace:value:l0:reset[1,2]")
+    with grutrace.open(path) as trace:
+        (damaged,) = verify(trace)
+        assert not damaged.holds
+        assert damaged.worst is not None
+        assert damaged.worst.step == 3
+        assert damaged.worst.unit in (1, 2)
+
+
+@pytest.mark.parametrize("gates", ["inline", "deferred"])
+def test_labels_and_values_are_stored_together_with_the_call(
+    gates: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that no reader, and no killed writer, sees one without the other."""
+    layer, seen, append = nn.GRU(3, 5), list[Any](), GuardedSink.append
+
+    def note(sink: GuardedSink, record: Any, *others: Any) -> int | None:
+        seen.append(record)
+        return append(sink, record, *others)
+
+    monkeypatch.setattr(GuardedSink, "append", note)
+    intervention = grutrace.intervene(layer, "l0", update=0.5, units=[1, 4], sequences=1)
+    with grutrace.trace(layer, gates=gates), intervention:
         layer(torch.randn(4, 2, 3))
-        intervention = grutrace.intervene(layer, "l0", update=0.0)
-        with pytest.raises(grutrace.UnsupportedError, match="gates='inline'"), intervention:
-            layer(torch.randn(4, 2, 3))
-        # A call of which nothing is set.
-        intervention = grutrace.intervene(layer, "l0", update=0.0, steps=slice(8, None))
-        with pytest.warns(grutrace.GrutraceWarning, match="was not set"), intervention:
-            layer(torch.randn(4, 2, 3))
-    assert len(trace.calls) == 2
+    (call,) = (record for record in seen if not isinstance(record, WeightsRecord))
+    names = ["grutrace:set:l0", "grutrace:value:l0:update[1,4]"]
+    assert [label.name for label in call.annotations] == names[: 2 if gates == "deferred" else 1]
+    assert all(label.sequence == 1 for label in call.annotations)
+    assert call.annotations[-1].values == ((0.5,) * 4 if gates == "deferred" else (UPDATE,) * 4)
+
+
+def test_a_deferred_trace_of_a_call_of_which_nothing_is_set() -> None:
+    layer = nn.GRU(3, 5)
+    intervention = grutrace.intervene(layer, "l0", update=0.0, steps=slice(8, None))
+    with (
+        pytest.warns(grutrace.GrutraceWarning, match="was not set"),
+        grutrace.trace(layer, gates="deferred") as trace,
+        intervention,
+    ):
+        layer(torch.randn(4, 2, 3))
+    assert trace["l0"].label_names == ()
+    assert (trace["l0"].update[:] > 0.0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_deferred_gates_of_smaller_types(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layer, x = nn.GRU(3, 5).to(dtype), torch.randn(7, 2, 3).to(dtype)
+    with (
+        grutrace.trace(layer, gates="deferred") as trace,
+        grutrace.intervene(layer, "l0", update=closing, reset=0.3),
+    ):
+        layer(x)
+    assert np.allclose(trace["l0"].reset[:], 0.3, atol=1e-3)
+    assert verify(trace)[0].holds
 
 
 def test_statistics_count_the_gates_as_set() -> None:

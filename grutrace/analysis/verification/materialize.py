@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from grutrace.analysis.verification.residuals import CallResiduals
+from grutrace.analysis.verification.set_values import SetValues, unknown_states
 from grutrace.errors import TraceFileError
 from grutrace.records import GATES, Array, ModuleInfo, Site, TraceHeader
 from grutrace.storage.format.schema import (
@@ -147,7 +148,7 @@ def _derived_blocks(
     source: SiteTrace, gates: list[str], residuals: CallResiduals
 ) -> Iterator[dict[str, Array]]:
     """Yield the derived gates of a site in order, (n, H) each, and collect their residuals."""
-    hidden = source.rows("hidden")
+    hidden, set_values = source.rows("hidden"), SetValues(source)
     width, dtype = source.module.hidden_size, np.dtype(source.module.dtype)
     for part in block_slices(len(hidden), BLOCK_BYTES, len(gates) * width * dtype.itemsize):
         rows = np.arange(part.start, part.stop)
@@ -155,5 +156,7 @@ def _derived_blocks(
         for inputs, derivation in iter_recomputed(source.gate_inputs, rows):
             for name in gates:
                 block[name][inputs.block] = derivation.gate(name)
-            residuals.add(inputs, derivation, hidden)
+            block_rows = slice(int(inputs.rows[0]), int(inputs.rows[-1]) + 1)
+            unknown = unknown_states(source, set_values, block_rows)
+            residuals.add(inputs, derivation, hidden, unknown)
         yield block

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import numpy.typing as npt
 
-from grutrace.records import SET_PREFIX
+from grutrace.records import GATES, SET_PREFIX
 from grutrace.storage.read.site import SiteTrace
 
 Mask = npt.NDArray[np.bool_]
@@ -64,3 +64,18 @@ class SetValues:
             columns = [self._columns[unit] for unit in units if unit in self._columns]
             result.setdefault(name.removesuffix("_preactivation"), []).extend(columns)
         return result
+
+
+def unknown_states(site: SiteTrace, set_values: SetValues, rows: slice) -> Mask | None:
+    """Return which states do not follow from states, input and weights, (n, U); None if all do.
+
+    Args:
+        site: The site.
+        set_values: What was set at the site.
+        rows: The rows.
+    """
+    if not set_values:
+        return None
+    # Where gates are recomputed, the values of those that were set are stored.
+    is_deferred = bool({*GATES} & {*site.site.derived})
+    return set_values.mask("hidden", rows) if is_deferred else set_values.any(rows)

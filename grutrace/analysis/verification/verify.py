@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from grutrace.analysis.verification.distance import abs_difference
 from grutrace.analysis.verification.residuals import CallResiduals
-from grutrace.analysis.verification.set_values import SetValues
+from grutrace.analysis.verification.set_values import SetValues, unknown_states
 from grutrace.gru.recompute import FLOAT64_EPS, StepRecomputation
 from grutrace.records import GATES, Array
 from grutrace.reprs import fields_repr
@@ -226,9 +226,11 @@ def _worst_derived(site: SiteTrace) -> WorstValue | None:
     row, unit = (int(number) for number in residuals.worst_positions[call])
     (inputs,) = site.gate_inputs.iter_blocks(np.array([row]))
     sequence, step = site.locate(row)
-    recorded, expected = float(hidden[row][unit]), float(_in_double(inputs).hidden[0, unit])
-    set_values = SetValues(site)
-    if set_values and set_values.any(slice(row, row + 1))[0, unit]:
+    derived, rows = _in_double(inputs), slice(row, row + 1)
+    derived.set_gates(site.gate_inputs.set_gates.at(inputs.rows, slice(None)))
+    recorded, expected = float(hidden[row][unit]), float(derived.hidden[0, unit])
+    unknown = unknown_states(site, SetValues(site), rows)
+    if unknown is not None and unknown[0, unit]:
         # All differences are 0: it is one of the states that are not checked.
         expected = recorded
     return WorstValue("hidden", sequence, step, unit, recorded, expected, float(allowed[call]))
@@ -239,8 +241,9 @@ def _call_residuals(site: SiteTrace) -> CallResiduals:
     residuals, hidden, set_values = CallResiduals(site), site.rows("hidden"), SetValues(site)
     for inputs in _input_blocks(site):
         rows = slice(int(inputs.rows[0]), int(inputs.rows[-1]) + 1)
-        unknown = set_values.any(rows) if set_values else None
-        residuals.add(inputs, _in_double(inputs), hidden, unknown)
+        derived = _in_double(inputs)
+        derived.set_gates(site.gate_inputs.set_gates.at(inputs.rows, slice(None)))
+        residuals.add(inputs, derived, hidden, unknown_states(site, set_values, rows))
     return residuals
 
 

@@ -48,6 +48,8 @@ class GatesAsSet(NamedTuple):
         codes: (T, B, 1) or (N, 1), of each row, the number of its text plus 1; 0 where nothing was
             set.
         texts: Names of the quantities that were set, such as ``update[3,7] hidden``.
+        units: For each text, by name, the units of the gates that were set, directly or by their
+            pre-activation.
     """
 
     gates: dict[str, Tensor]
@@ -55,6 +57,7 @@ class GatesAsSet(NamedTuple):
     dtype: torch.dtype
     codes: Tensor
     texts: list[str]
+    units: list[dict[str, tuple[int, ...]]]
 
     @property
     def nbytes(self) -> int:

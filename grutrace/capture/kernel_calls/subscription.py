@@ -78,8 +78,6 @@ class Subscription:
         request: The kernel's own gates that the callback needs, if they can be copied.
         replacement: Replaces the output of the calls. Such a subscription observes nothing: the
             callback is called only with calls whose output cannot be replaced.
-        replaced_error: The error to raise if the output of a call is replaced, because it could not
-            be recorded; None if it can.
     """
 
     def __init__(
@@ -90,11 +88,10 @@ class Subscription:
         should_record: ShouldRecord = always_record,
         request: GateRequest = NO_GATES,
         replacement: Replacement | None = None,
-        replaced_error: Exception | None = None,
     ) -> None:
         self.module, self.callback = weakref.ref(module), callback
         self.stacks, self.should_record, self.request = stacks, should_record, request
-        self.replacement, self.replaced_error = replacement, replaced_error
+        self.replacement = replacement
         self._is_active = False
         # A subscription that is garbage-collected restores the kernels, too.
         self._user = object()
@@ -358,13 +355,9 @@ def _replace(
     ) -> PreparedCall:
         active = [s.replacement for s in replacing if s.replacement is not None]
         needs_gates = bool(to_notify)
-        prepared = active[0].prepare(
+        return active[0].prepare(
             active, InterceptedCall(call, layout, run_layer, needs_gates, is_recompute, is_cell)
         )
-        errors = [s.replaced_error for s in to_notify if s.replaced_error is not None]
-        if prepared.is_changed and errors:
-            raise errors[0]
-        return prepared
 
     return prepare
 

@@ -18,10 +18,18 @@ import numpy as np
 import numpy.typing as npt
 
 from grutrace.annotation_values import ParsedValues, Values, parse
+from grutrace.capture.kernel_calls.replacement import GatesAsSet
 from grutrace.capture.sequences.assignment import SequenceAssignment
 from grutrace.errors import GrutraceWarning, OptionError, join_names, short_repr
+from grutrace.gru.layout import SequenceLayout
 from grutrace.gru.residual import ResidualViolation
-from grutrace.records import MARK_PREFIX, AnnotationRecord, ModuleInfo
+from grutrace.records import (
+    MARK_PREFIX,
+    SET_PREFIX,
+    VALUE_PREFIX,
+    AnnotationRecord,
+    ModuleInfo,
+)
 
 #: Values, or values by the path of the module that they belong to, which may be a glob.
 AnnotationValues: TypeAlias = Values | Mapping[str, Values]
@@ -300,25 +308,63 @@ class RecordedBatches:
 
 def set_labels(
     recorded: RecordedCall,
+    suffix: str,
+    gates: GatesAsSet,
+    steps: SequenceLayout,
+    dtype: npt.DTypeLike | None,
+) -> Iterator[AnnotationRecord]:
+    """Yield labels that name the values set by an intervention at a site.
+
+    Args:
+        recorded: The call.
+        suffix: Suffix of the site.
+        gates: The gates of the site.
+        steps: The layout of the recorded steps.
+        dtype: Data type of the rows, to add labels with the values of the gates that were set; None
+            for none.
+    """
+    codes = steps.to_rows(gates.codes, "int64")[:, 0]
+    texts = [None, *gates.texts]
+    named = [texts[code] for code in codes.tolist()]
+    yield from _row_labels(recorded, f"{SET_PREFIX}{suffix}", named, steps.lengths)
+    if dtype is None:
+        return
+    rows = {name: steps.to_rows(gate, dtype) for name, gate in gates.gates.items()}
+    for code, by_gate in enumerate(gates.units, start=1):
+        is_set = codes == code
+        for name, units in by_gate.items():
+            values = rows[name][is_set][:, list(units)]
+            # One label for all units with the same values.
+            different, places = np.unique(values, axis=1, return_inverse=True)
+            for place, column in enumerate(different.T.tolist()):
+                own = [unit for unit, at in zip(units, places.ravel(), strict=True) if at == place]
+                labels: list[float | None] = [None] * len(codes)
+                for row, value in zip(np.flatnonzero(is_set).tolist(), column, strict=True):
+                    labels[row] = value
+                label = f"{VALUE_PREFIX}{suffix}:{name}[{','.join(map(str, own))}]"
+                yield from _row_labels(recorded, label, labels, steps.lengths)
+
+
+def _row_labels(
+    recorded: RecordedCall,
     name: str,
-    codes: npt.NDArray[np.int64],
-    texts: Sequence[str],
+    labels: Sequence[Any],
     lengths: npt.NDArray[np.int64],
 ) -> Iterator[AnnotationRecord]:
-    """Yield labels that name the values set by an intervention.
+    """Yield the labels of the recorded rows of a call, None for no label.
 
     Args:
         recorded: The call.
         name: Name of the label.
-        codes: (N,) index of each recorded row's text plus 1; 0 for no text.
-        texts: The texts.
+        labels: (N,) of each row, a text or a number.
         lengths: (B,) number of recorded steps of each sequence.
     """
     before = np.maximum(recorded.assignment.steps_before - recorded.start, 0)
     ends = np.cumsum(lengths)
     for row, (number, end) in enumerate(zip(recorded.numbers.tolist(), ends.tolist(), strict=True)):
-        own = codes[end - int(lengths[row]) : end]
-        bounds = np.flatnonzero(np.diff(own != 0, prepend=False, append=False))
+        own = labels[end - int(lengths[row]) : end]
+        has_label = np.array([label is not None for label in own], bool)
+        bounds = np.flatnonzero(np.diff(has_label, prepend=False, append=False))
         for start, stop in bounds.reshape(-1, 2).tolist():
             if number >= 0:
                 yield AnnotationRecord(
@@ -326,7 +372,7 @@ def set_labels(
                     sequence=number,
                     name=name,
                     first=int(before[row]) + start,
-                    values=tuple(texts[code - 1] for code in own[start:stop].tolist()),
+                    values=tuple(own[start:stop]),
                 )
 
 

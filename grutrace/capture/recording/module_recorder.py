@@ -43,8 +43,8 @@ from grutrace.gru.tolerance import machine_epsilon
 from grutrace.native.library import load
 from grutrace.records import (
     GATES,
-    SET_PREFIX,
     WEIGHTS,
+    AnnotationRecord,
     Array,
     CallRecord,
     CallSeries,
@@ -289,8 +289,8 @@ class ModuleRecorder:
             numbers = assignment.roots.view(np.int64)
             recorded = RecordedCall(self._index, assignment, lengths, numbers)
             block = self._make(entry, observation, assignment)
+            block = self._with_set_steps(block, recorded, observation)
             number = self._commit(entry, block)
-            self._append_set_steps(recorded, observation)
             return self._with_findings(recorded, block, number)
         selection = self._step_filter.select(assignment, lengths)
         bounds = self._step_filter.start, self._step_filter.stop
@@ -301,8 +301,8 @@ class ModuleRecorder:
             layers = [recorder.site.layer for recorder in self._sites]
             kept = slice_observation(observation, selection, layers)
             block = self._make(entry, kept, selection.assignment)
+            block = self._with_set_steps(block, recorded, kept)
             number = self._commit(entry, block)
-            self._append_set_steps(recorded, kept)
             recorded = self._with_findings(recorded, block, number)
         self._step_filter.commit(selection, self._tracker)
         return recorded
@@ -468,8 +468,8 @@ class ModuleRecorder:
         return self._version_chooser.choose(observation, block, list(versions.values()))
 
     def _recorders_of_set_gates(self) -> list[SiteRecorder]:
-        """Return recorders that compute all rows now, even if other gates are computed later."""
-        if self._options.gates == "inline":
+        """Return recorders that compute all rows now, if other gates are computed in background."""
+        if self._options.gates != "background":
             return self._sites
         if not self._set_sites:
             options = copy(self._options)
@@ -481,18 +481,25 @@ class ModuleRecorder:
             ]
         return self._set_sites
 
-    def _append_set_steps(self, recorded: RecordedCall, observation: Observation) -> None:
-        """Append labels for the steps that an intervention has set."""
+    def _with_set_steps(
+        self, block: CallRecord, recorded: RecordedCall, observation: Observation
+    ) -> CallRecord:
+        """Return the record of a call with labels for the steps that an intervention has set."""
+        if observation.gates_as_set is None:
+            return block
+        labels: list[AnnotationRecord] = []
         for site in self.description.sites:
-            gates = (observation.gates_as_set or [None] * (site.layer + 1))[site.layer]
-            if gates is not None:
-                own = gates[int(site.reverse)]
-                codes = observation.steps.to_rows(own.codes, "int64")[:, 0]
-                name = f"{SET_PREFIX}{site.suffix}"
-                for label in set_labels(
-                    recorded, name, codes, own.texts, observation.steps.lengths
-                ):
-                    self._append(label, None)
+            directions = observation.gates_as_set[site.layer]
+            if directions is not None:
+                labels += set_labels(
+                    recorded,
+                    site.suffix,
+                    directions[int(site.reverse)],
+                    observation.steps,
+                    # Gates that are recomputed on reading do not follow from states and weights.
+                    self._rows.dtype if {*GATES} & {*site.derived} else None,
+                )
+        return replace(block, annotations=tuple(labels))
 
     def _commit(self, entry: JournalEntry, block: CallRecord) -> int | None:
         append = partial(self._append_call, entry, block)
@@ -555,7 +562,12 @@ class ModuleRecorder:
         if not copying:
             return CallRecord(*fields)
         weights = self._record_of(entry.version)
-        return PendingCall(*fields, starts, self._rows.pop_sync(), weights)
+        return PendingCall(
+            *fields,
+            starts=starts,
+            wait_for_copies=self._rows.pop_sync(),
+            weights_record=weights,
+        )
 
     def _bytes(self, block: CallRecord) -> int:
         """Return the bytes of a stored call, with the new weights that it needs."""

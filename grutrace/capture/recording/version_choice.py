@@ -200,7 +200,7 @@ def _as_copied(
         sites,
         block.forks,
         block.origins,
-        starts,
+        starts=starts,
     )
 
 

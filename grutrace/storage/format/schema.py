@@ -24,7 +24,7 @@ FORMAT = "grutrace"
 STATISTICS_FORMAT = "grutrace statistics"
 
 #: Major and minor version. A reader refuses a newer major version; a minor version only adds data.
-FORMAT_VERSION = (1, 4)
+FORMAT_VERSION = (1, 5)
 
 #: The file format of HDF5 1.10: the first with SWMR, readable by every later HDF5. ("latest" would
 #: be the format of HDF5 2.0 with an h5py that contains 2.0, which older tools refuse.)

@@ -1,21 +1,25 @@
-"""Tokens and labels: of one sequence, or of all rows of a module as a coded column.
+"""Tokens and labels of one sequence, or of all rows of a module as a coded column; set gates.
 
-N rows, T steps of a sequence.
+N rows, T steps of a sequence, n rows that are read, H hidden size, U units.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from grutrace.errors import NotRecordedError, join_names
-from grutrace.records import Array
+from grutrace.records import VALUE_PREFIX, Array
 from grutrace.storage.format.tables import Tables
 from grutrace.storage.read.sequence_index import Integers, SequenceIndex, ranges
+
+#: Name of a gate and the units that were set, in the name of the label of their values.
+_NAME = re.compile(r"(\w+)\[(\d+(?:,\d+)*)\]")
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +85,7 @@ class AnnotationIndex:
 
     def __init__(self, tables: Tables, module: int) -> None:
         counts = tables.annotations["count"].astype(np.int64)
-        entries = np.flatnonzero(tables.annotations["module"] == module)
+        entries = np.flatnonzero((tables.annotations["module"] == module) & ~_are_set_gates(tables))
         order = np.argsort(tables.annotations["sequence"][entries], kind="stable")
         self._tables = tables
         self._entries = tables.annotations[entries][order]
@@ -129,10 +133,22 @@ def _as_list(
 
 def annotation_names(tables: Tables, module: int) -> tuple[str, ...]:
     """Return the names of a module's annotations, in the order of recording."""
-    numbers = tables.annotations["name"][tables.annotations["module"] == module]
+    is_own = (tables.annotations["module"] == module) & ~_are_set_gates(tables)
+    numbers = tables.annotations["name"][is_own]
     _, first_entries = np.unique(numbers, return_index=True)
     names = [tables.texts[int(number) - 1] for number in numbers[np.sort(first_entries)]]
     return tuple(dict.fromkeys(names))
+
+
+def _are_set_gates(tables: Tables) -> npt.NDArray[np.bool_]:
+    """Return which annotations are values of gates, which no user reads as labels."""
+    numbers = np.unique(tables.annotations["name"])
+    hidden = [
+        number
+        for number in numbers.tolist()
+        if number and tables.texts[number - 1].startswith(VALUE_PREFIX)
+    ]
+    return np.isin(tables.annotations["name"], hidden)
 
 
 def annotation_mask(tables: Tables, module: int, name: str) -> npt.NDArray[np.bool_]:
@@ -152,6 +168,34 @@ def row_labels(tables: Tables, module: int, index: SequenceIndex, name: str) -> 
     if not mask.any():
         names = join_names(annotation_names(tables, module))
         raise NotRecordedError(f"there is no label {name!r}; there are: {names}")
+    positions, values = labelled_positions(tables, index, mask)
+    total = int(index.lengths.sum())
+    numbers, text = np.full(total, np.nan), np.zeros(total, bool)
+    # The last of several values of a step counts: NumPy assigns in order.
+    numbers[positions] = tables.values[values]
+    counts = tables.annotations["count"].astype(np.int64)
+    is_text = np.repeat(tables.annotations["text"] > 0, counts)
+    text[positions] = is_text[values]
+    rows = index.rows_between(0, len(index))
+    if not isinstance(rows, slice):
+        numbers[rows], text[rows] = numbers.copy(), text.copy()
+    return _encode(name, numbers, text, tables.texts)
+
+
+def labelled_positions(
+    tables: Tables, index: SequenceIndex, mask: npt.NDArray[np.bool_]
+) -> tuple[Integers, Integers]:
+    """Return the steps that have a value of these annotations, and the index of each value.
+
+    Args:
+        tables: Tables of the trace.
+        index: The sequences of the module of the annotations.
+        mask: Which annotations, (annotations,).
+
+    Returns:
+        (k,) positions of the steps among those of all sequences, in order; and (k,) indices in
+        `Tables.values`. Steps that have not been made yet are left out.
+    """
     counts = tables.annotations["count"].astype(np.int64)
     starts = (np.cumsum(counts) - counts)[mask]
     entries, counts = tables.annotations[mask], counts[mask]
@@ -160,16 +204,8 @@ def row_labels(tables: Tables, module: int, index: SequenceIndex, name: str) -> 
     # Labels may be recorded for steps that have not been made yet.
     first_steps = np.minimum(entries["first"], lengths.astype(np.uint64)).astype(np.int64)
     counts = np.minimum(lengths - first_steps, counts)
-    total = int(index.lengths.sum())
-    numbers, text = np.full(total, np.nan), np.zeros(total, bool)
-    # The last of several values of a step counts: NumPy assigns in order.
     positions = ranges(index.first_positions[sequences] + first_steps, counts)
-    numbers[positions] = tables.values[ranges(starts, counts)]
-    text[positions] = np.repeat(entries["text"] > 0, counts)
-    rows = index.rows_between(0, len(index))
-    if not isinstance(rows, slice):
-        numbers[rows], text[rows] = numbers.copy(), text.copy()
-    return _encode(name, numbers, text, tables.texts)
+    return positions, ranges(starts, counts)
 
 
 def labelled_calls(
@@ -228,3 +264,81 @@ def _encode(
     string_codes = {value: code for code, value in enumerate(sorted(set(strings)), len(values))}
     codes[text] = np.array([string_codes[value] for value in strings], np.int32)[positions]
     return LabelColumn(name, (*values.tolist(), *string_codes), codes)
+
+
+class _Values(NamedTuple):
+    """Values of some units of one gate, the same for all of them.
+
+    Attributes:
+        gate: Name of the gate.
+        units: (k,) the units.
+        rows: (n,) the rows, ascending.
+        values: (n,) the values.
+    """
+
+    gate: str
+    units: Integers
+    rows: Integers
+    values: Array
+
+
+class SetGates:
+    """The gates of a site that an intervention has set.
+
+    Args:
+        tables: Tables of the trace.
+        module: Index of the module in the header.
+        index: Index of the module's sequences.
+        suffix: Suffix of the site.
+        size: H
+    """
+
+    def __init__(
+        self, tables: Tables, module: int, index: SequenceIndex, suffix: str, size: int
+    ) -> None:
+        self._size = size
+        self._values = list(_read_values(tables, module, index, f"{VALUE_PREFIX}{suffix}:", size))
+
+    def at(self, rows: Integers, units: slice) -> dict[str, tuple[npt.NDArray[np.bool_], Array]]:
+        """Return which values were set and the values, (n, U) each, by gate.
+
+        Args:
+            rows: (n,) row numbers.
+            units: The units.
+        """
+        found: dict[str, tuple[npt.NDArray[np.bool_], Array]] = {}
+        for set_values in self._values:
+            # The last of several values of a row counts.
+            places = np.searchsorted(set_values.rows, rows, side="right") - 1
+            chosen = np.flatnonzero((places >= 0) & (set_values.rows[places] == rows))
+            if not len(chosen):
+                continue
+            if set_values.gate not in found:
+                shape = len(rows), self._size
+                found[set_values.gate] = np.zeros(shape, bool), np.zeros(shape)
+            mask, values = found[set_values.gate]
+            mask[np.ix_(chosen, set_values.units)] = True
+            values[np.ix_(chosen, set_values.units)] = set_values.values[places[chosen], np.newaxis]
+        return {gate: (mask[:, units], values[:, units]) for gate, (mask, values) in found.items()}
+
+
+def _read_values(
+    tables: Tables, module: int, index: SequenceIndex, prefix: str, size: int
+) -> Iterator[_Values]:
+    entries = tables.annotations
+    is_own = (entries["module"] == module) & (entries["text"] == 0)
+    for number in np.unique(entries["name"][is_own]).tolist():
+        name = tables.texts[number - 1]
+        if not name.startswith(prefix):
+            continue
+        match = _NAME.fullmatch(name.removeprefix(prefix))
+        units = np.array([int(unit) for unit in match[2].split(",")] if match else [], np.int64)
+        if match is None or units.max() >= size:
+            # Not a name that grutrace writes.
+            continue
+        positions, values = labelled_positions(tables, index, is_own & (entries["name"] == number))
+        if not len(positions):
+            continue
+        rows = index.sequential_rows(positions)
+        order = np.argsort(rows, kind="stable")
+        yield _Values(match[1], units, rows[order], tables.values[values][order])

@@ -16,8 +16,9 @@ import numpy as np
 
 from grutrace.errors import NotRecordedError
 from grutrace.records import Array, ModuleInfo, Site
-from grutrace.storage.format.tables import ModuleCounts
+from grutrace.storage.format.tables import ModuleCounts, Tables
 from grutrace.storage.interfaces import SnapshotReader
+from grutrace.storage.read.annotations import SetGates
 from grutrace.storage.read.lazy_rows import LazyRows, block_slices
 from grutrace.storage.read.proofs import CallVersions, StepData
 from grutrace.storage.read.sequence_index import Integers, SequenceIndex, as_slice
@@ -61,7 +62,7 @@ class SiteGateInputs:
         reader: Reader of the trace.
         index: Index of the module's sequences.
         counts: Counts of the module.
-        calls: Table of all calls.
+        tables: Tables of the trace.
         module: The module.
         number: Index of the module in the header.
         site: The site.
@@ -72,13 +73,13 @@ class SiteGateInputs:
         reader: SnapshotReader,
         index: SequenceIndex,
         counts: ModuleCounts,
-        calls: Array,
+        tables: Tables,
         module: ModuleInfo,
         number: int,
         site: Site,
     ) -> None:
         self._reader, self._index, self._counts = reader, index, counts
-        self._calls = calls[index.call_numbers]
+        self._calls, self._tables = tables.calls[index.call_numbers], tables
         self._module, self._number, self._site = module, number, site
         self._latest: tuple[int, dict[str, Array]] = -1, {}
 
@@ -146,6 +147,12 @@ class SiteGateInputs:
         initial = self._reader.initial(self._number, site.suffix, index.segment_count)
         previous[is_initial] = initial[index.segments[pieces[is_initial]]]
         return previous
+
+    @cached_property
+    def set_gates(self) -> SetGates:
+        """The gates that an intervention has set."""
+        size = self._module.hidden_size
+        return SetGates(self._tables, self._number, self._index, self._site.suffix, size)
 
     def iter_blocks(self, rows: Integers) -> Iterator[GateInputs]:
         """Yield the inputs of the rows in order, in blocks of one weight version each.
@@ -313,4 +320,5 @@ def iter_recomputed(
         recomputation = StepRecomputation(
             inputs.input, inputs.previous, inputs.weights, inputs.precision, units
         )
+        recomputation.set_gates(gate_inputs.set_gates.at(inputs.rows, units))
         yield inputs, recomputation

@@ -296,7 +296,7 @@ class TraceSnapshot:
                 self.source,
                 self.index(module),
                 self.extent(module),
-                self.tables.calls,
+                self.tables,
                 self.header.modules[module],
                 module,
                 site,

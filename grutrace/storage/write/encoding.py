@@ -172,6 +172,8 @@ class RecordEncoder:
         entry = (call.time, call.module, tag, weights, len(call.steps), call.training)
         yield "calls", np.array([entry], CALL)
         yield from self._encode_starts(call.module, call.forks, call.origins)
+        for annotation in call.annotations:
+            yield from self._encode_annotation(annotation)
 
     def _encode_batch(self, batch: CallBatch) -> Iterator[Entry]:
         calls = np.empty(len(batch), CALL)

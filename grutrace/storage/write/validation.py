@@ -67,7 +67,7 @@ class RecordValidator:
         elif isinstance(record, WeightsRecord):
             _validate_weights(checks, record)
         else:
-            _validate_annotation(checks, record)
+            _validate_annotation(checks, record, checks.sequences)
 
     def _checks_of(self, module: int) -> _ModuleChecks:
         if not 0 <= module < len(self._checks):
@@ -121,6 +121,8 @@ def _validate_call(checks: _ModuleChecks, call: CallRecord) -> None:
             _require_array(checks, suffix, quantity, site.rows.get(quantity), (rows, columns))
         _require_array(checks, suffix, "initial", site.initial, (begun, units))
     _require_starts(checks, checks.sequences, begun, call.forks, call.origins)
+    for annotation in call.annotations:
+        _validate_annotation(checks, annotation, checks.sequences + begun)
     checks.sequences += begun
 
 
@@ -278,10 +280,13 @@ def _site_weights(
     return sites[suffix]
 
 
-def _validate_annotation(checks: _ModuleChecks, annotation: AnnotationRecord) -> None:
+def _validate_annotation(
+    checks: _ModuleChecks, annotation: AnnotationRecord, sequences: int
+) -> None:
+    """Check an annotation of a module with this number of sequences."""
     where = f"{annotation.name!r} of module {checks.module.path!r}"
-    if not 0 <= annotation.sequence < checks.sequences:
-        raise _error(where, f"a sequence below {checks.sequences}", annotation.sequence)
+    if not 0 <= annotation.sequence < sequences:
+        raise _error(where, f"a sequence below {sequences}", annotation.sequence)
     if annotation.first < 0:
         raise _error(where, "a first step of at least 0", annotation.first)
     if len({isinstance(value, str) for value in annotation.values}) > 1:
