@@ -6,6 +6,7 @@ import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -21,6 +22,7 @@ from grutrace.capture.kernel_calls.torch_context import (
     is_checkpoint_forward,
     is_wrapped,
     isolated_context,
+    reentrant_checkpoints,
     unwrap_functorch,
 )
 from grutrace.capture.selection import SelectedModule
@@ -43,8 +45,7 @@ class ModuleIntervention:
     Attributes:
         was_called: Whether the module was called.
         applied: The settings that applied to a step.
-        to_recompute: Number of calls that a setting applied to and that activation checkpointing
-            has not repeated yet.
+        has_ended: Whether the block has ended.
     """
 
     def __init__(self, settings: Sequence[Setting]) -> None:
@@ -54,7 +55,9 @@ class ModuleIntervention:
         self._counts = any(setting.depends_on_step for setting in settings)
         self.was_called = False
         self.applied: set[Setting] = set()
-        self.to_recompute = 0
+        self.has_ended = threading.Event()
+        # Whether activation checkpointing ran a call in the block.
+        self._has_checkpointed = False
 
     def prepare(self, active: Sequence[Replacement], call: InterceptedCall) -> PreparedCall:
         """Prepare a call with the settings of all blocks."""
@@ -83,15 +86,40 @@ class ModuleIntervention:
                         own = unwrap_functorch(final)
                         intervention._counter.add(own, progress, call.layout.lengths[columns])
 
-        prepared = PreparedIntervention(call, settings, finish)
-        repeats = 0
-        if prepared.is_changed:
-            repeats = -1 if call.is_recompute else int(_is_checkpointed(call))
-        for intervention, _ in noted:
-            intervention.applied |= prepared.applied & set(intervention._settings)
-            with intervention._lock:
-                intervention.to_recompute += repeats
+        applied: list[ModuleIntervention] = []
+
+        def guard(output: Tensor, final: Tensor) -> None:
+            if is_checkpoint_forward() and not call.is_recompute:
+                for intervention in applied:
+                    intervention._guard(output, final)
+
+        prepared = PreparedIntervention(call, settings, finish, guard)
+        for intervention in interventions:
+            own = prepared.applied & set(intervention._settings)
+            intervention.applied |= own
+            if own:
+                applied.append(intervention)
+                if call.is_recompute and not intervention._has_checkpointed:
+                    raise UnsupportedError(
+                        f"intervene: {_names(intervention._settings)}: activation checkpointing "
+                        "repeats a call that was made outside the block: call backward() outside "
+                        "the block, too"
+                    )
         return prepared
+
+    def _guard(self, output: Tensor, final: Tensor) -> None:
+        """Refuse a backward pass after the block, which would repeat the call without settings.
+
+        Args:
+            output: The output of a call that activation checkpointing runs.
+            final: Its final states.
+        """
+        self._has_checkpointed = True
+        # The hooks keep this intervention's states no longer than it lives itself.
+        refuse = partial(_refuse_late_backward, self.has_ended, _names(self._settings))
+        nodes = {output.grad_fn, final.grad_fn, *reentrant_checkpoints()} - {None}
+        for node in nodes:
+            node.register_prehook(refuse)
 
     def _progress(self, call: InterceptedCall, columns: np.ndarray) -> Progress | None:
         """Return how far the sequences of a call have come; None if no setting needs to know."""
@@ -117,11 +145,21 @@ def _context_of(states: Tensor) -> AbstractContextManager[None]:
     return isolated_context() if is_wrapped(states) else nullcontext()
 
 
-def _is_checkpointed(call: InterceptedCall) -> bool:
-    """Whether activation checkpointing will repeat a call for the backward pass."""
-    # A reentrant checkpoint runs its forward without gradients.
-    tensors = call.call.input, call.call.initial, *call.call.weights
-    return is_checkpoint_forward() and any(tensor.requires_grad for tensor in tensors)
+def _names(settings: Sequence[Setting]) -> str:
+    return join_names(dict.fromkeys(setting.what for setting in settings))
+
+
+def _refuse_late_backward(has_ended: threading.Event, names: str, _: Any) -> None:
+    """Refuse the backward pass of a checkpointed call if the block has ended.
+
+    Raises:
+        UnsupportedError: It has.
+    """
+    if has_ended.is_set():
+        raise UnsupportedError(
+            f"intervene: {names}: the call ran in an activation checkpoint, which runs it again in "
+            "the backward pass, and the block has ended: call backward() within the block"
+        )
 
 
 def _sizes(call: InterceptedCall) -> list[int]:
@@ -183,12 +221,14 @@ class Intervention:
         subscription.start()
 
     def _stop(self) -> None:
+        for module in self._modules:
+            module.has_ended.set()
         while self._subscriptions:
             self._subscriptions[-1].stop()
             self._subscriptions.pop()
 
     def _report(self) -> None:
-        """Report settings that had no effect, or will be missing in the backward pass.
+        """Report settings that had no effect.
 
         Raises:
             StateError: A module was not called.
@@ -198,14 +238,6 @@ class Intervention:
             if not module.was_called:
                 raise StateError(
                     f"intervene: expected the model to call {names} within the block; found no call"
-                )
-            if module.to_recompute > 0:
-                warnings.warn(
-                    f"intervene: {module.to_recompute} calls of {names} ran in activation "
-                    "checkpoints, which run them again in the backward pass, without the settings: "
-                    "call backward() within the block",
-                    GrutraceWarning,
-                    stacklevel=3,
                 )
             for setting in settings:
                 message = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import hypothesis.strategies as st
@@ -575,25 +576,82 @@ def test_checkpointing_repeats_the_setting() -> None:
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("loss_on", ["output", "final"])
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_a_backward_pass_of_a_checkpoint_after_the_block_is_said(reentrant: bool) -> None:
+def test_a_backward_pass_of_a_checkpoint_after_the_block_is_refused(
+    reentrant: bool, loss_on: str
+) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    layer, x = gru(3, 5, 2), torch.randn(6, 2, 3, dtype=torch.float64, requires_grad=True)
+    settings: dict[str, Any] = {"l0": {"update": 0.3}}
+
+    def run(model: Any = layer) -> Tensor:
+        result = checkpoint(model, x, use_reentrant=reentrant)
+        return (result[0] if loss_on == "output" else result[1]).sin().sum()
+
+    with grutrace.intervene(layer, settings):
+        loss, later, within = run(), run(), run()
+        within.backward()
+        expected, x.grad = x.grad, None
+        layer.zero_grad()
+    message = "update of l0: .* backward.. within the block"
+    with pytest.raises(grutrace.UnsupportedError, match=message):
+        loss.backward()
+    # Nothing wrong is left behind, also in another block.
+    assert x.grad is None
+    assert all(not p.grad.any() for p in layer.parameters() if p.grad is not None)
+    with grutrace.intervene(layer, settings):
+        other = run()
+        with pytest.raises(grutrace.UnsupportedError, match=message):
+            later.backward()
+        other.backward()
+    assert torch.equal(x.grad, expected)
+    # A checkpoint in a checkpoint.
+    with grutrace.intervene(layer, settings):
+        nested = checkpoint(run, use_reentrant=False) if not reentrant else run()
+    with pytest.raises(grutrace.UnsupportedError, match=message):
+        nested.backward()
+    # Control: without a checkpoint nothing runs again, and nothing is refused.
+    with grutrace.intervene(layer, settings):
+        plain = layer(x)[0 if loss_on == "output" else 1].sin().sum()
+    x.grad = None
+    plain.backward()
+    assert torch.equal(x.grad, expected)
+    # Without gradients there is no backward pass.
+    with torch.no_grad(), grutrace.intervene(layer.requires_grad_(False), settings):
+        checkpoint(layer, x, use_reentrant=reentrant)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpointed_call_from_outside_the_block_is_not_set(reentrant: bool) -> None:
     from torch.utils.checkpoint import checkpoint
 
     layer, x = gru(3, 5), torch.randn(6, 2, 3, dtype=torch.float64, requires_grad=True)
-
-    def run() -> Tensor:
-        return checkpoint(lambda x: layer(x)[0], x, use_reentrant=reentrant).sin().sum()
-
-    with (
-        pytest.warns(grutrace.GrutraceWarning, match=r"1 calls of l0 .* within the block"),
-        grutrace.intervene(layer, "l0", update=0.3),
-    ):
-        run()
-    # Without a warning: the backward pass is within, or there is none.
+    layer(x)[0].sin().sum().backward()
+    expected, x.grad = x.grad, None
+    loss = checkpoint(layer, x, use_reentrant=reentrant)[0].sin().sum()
     with grutrace.intervene(layer, "l0", update=0.3):
-        run().backward()
-    with torch.no_grad(), grutrace.intervene(layer.requires_grad_(False), "l0", update=0.3):
-        checkpoint(lambda x: layer(x)[0], x.detach(), use_reentrant=False)
+        layer(x)
+        with pytest.raises(grutrace.UnsupportedError, match="made outside the block"):
+            loss.backward()
+    assert x.grad is None
+    loss = checkpoint(layer, x, use_reentrant=reentrant)[0].sin().sum()
+    loss.backward()
+    assert torch.equal(x.grad, expected)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_is_repeated_as_it_ran(reentrant: bool) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    layer, x = gru(3, 5, 2), torch.randn(6, 2, 3, dtype=torch.float64, requires_grad=True)
+    with grutrace.intervene(layer, "l1", reset=lambda gate, _: gate * 0.5, steps=slice(2, None)):
+        layer(x)[0].sin().sum().backward()
+        expected, x.grad = x.grad, None
+        inner = partial(checkpoint, layer, use_reentrant=reentrant)
+        checkpoint(inner, x, use_reentrant=reentrant)[0].sin().sum().backward()
+    assert torch.equal(x.grad, expected)
 
 
 def test_checkpointing_single_steps_of_a_decoder_is_exact_or_refused() -> None:

@@ -96,6 +96,17 @@ def is_checkpoint_forward() -> bool:
     return _is_called_from(checkpoint.__file__)
 
 
+def reentrant_checkpoints() -> list[Any]:
+    """Return the nodes of the reentrant checkpoints that run this call in their forward pass."""
+    nodes, frame = [], sys._getframe()
+    while frame is not None:
+        code = frame.f_code
+        if code.co_filename == checkpoint.__file__ and code.co_name == "forward":
+            nodes.append(frame.f_locals.get("ctx"))
+        frame = frame.f_back  # type: ignore[assignment]
+    return [node for node in nodes if node is not None]
+
+
 def is_transformed() -> bool:
     """Whether a transform of torch.func is active."""
     return torch._C._functorch.peek_interpreter_stack() is not None
