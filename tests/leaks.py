@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch.overrides import _get_current_function_mode_stack
 
-from grutrace.capture.kernel_calls import subscription
+from grutrace.capture.kernel_calls import registration, subscription
 
 #: Linux lists the open files of a process here.
 OPEN_FILES = Path("/proc/self/fd")
@@ -47,7 +47,7 @@ class Watch:
     def _look(self) -> list[str]:
         modes = len(_get_current_function_mode_stack()) - self._modes
         return [
-            *(["GRU kernels that are still overridden"] if subscription.is_observing() else []),
+            *(["GRU kernels that are still overridden"] if kernels_are_overridden() else []),
             *([f"{modes} TorchFunctionModes"] if modes else []),
             *([] if torch.is_grad_enabled() == self._gradients else ["the mode of gradients"]),
             *(
@@ -57,6 +57,17 @@ class Watch:
             ),
             *(f"open file {name}" for _, name in open_files() - self._files),
         ]
+
+
+def kernels_are_overridden() -> bool:
+    """Whether anything overrides the GRU kernels.
+
+    Before PyTorch 2.9, kernels that nobody uses stay while another thread runs Python, as those of
+    pytest-xdist do. Then it counts whether they have users.
+    """
+    if registration.has_kernel_handles():
+        return subscription.is_observing()
+    return bool(subscription._registration._users)
 
 
 def open_files() -> set[tuple[str, str]]:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import grutrace
-from grutrace.capture.kernel_calls.subscription import is_observing
 from tests.checks import EVERYTHING
+from tests.leaks import kernels_are_overridden
 from tests.runs import KernelCall, Spy, check_calls, check_run, run_once
 
 
@@ -96,7 +96,7 @@ class Peeking(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         output: Tensor = self.rnn(input)[0]
-        if is_observing():
+        if kernels_are_overridden():
             if self.changes == "output":
                 output = output + 1e-7
             if self.changes == "generator":

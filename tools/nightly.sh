@@ -11,7 +11,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-steps=(memory uncompiled soak hostile literature benchmark frameworks browser)
+steps=(memory uncompiled soak hostile literature benchmark frameworks browser matrix)
 
 # Tests with freed memory overwritten: a tensor or array that outlives its buffer has wrong values.
 step_memory() {
@@ -53,6 +53,11 @@ step_literature() {
     for example in random_grus two_units sentiment chrono; do
         python "examples/literature/$example.py" || return 1
     done
+}
+
+# Other versions of Python, torch, NumPy and h5py, each in an environment of its own, which removes it.
+step_matrix() {
+    bash tools/matrix.sh
 }
 
 # The full benchmark, with the other packages.

@@ -78,7 +78,11 @@ def _register() -> bool:
             return False
         library: Any = torch.library.Library
         fallback, additions = (library(namespace, "IMPL", _KEY) for namespace in ("_", "aten"))
-        fallback.fallback(torch.library.fallthrough_kernel)
+        if hasattr(fallback, "fallback"):
+            fallback.fallback(torch.library.fallthrough_kernel)
+        else:
+            # Before PyTorch 2.5.
+            fallback.m.fallback_fallthrough(_KEY)
         additions.impl("add.Tensor", _make_impl(torch.ops.aten.add.Tensor))
     except Exception:
         # Any error means that this PyTorch version lacks the key.

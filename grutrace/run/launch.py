@@ -9,6 +9,7 @@ Python loads before the script and which removes itself from PYTHONPATH (see boo
 from __future__ import annotations
 
 import os
+import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,6 +26,9 @@ from grutrace.storage.shards.run_parts import check_writable
 
 _BOOT = Path(__file__).with_name("boot")
 
+#: Windows starts a new process instead, and ends this one at once, with exit code 0.
+_CAN_BECOME_SCRIPT = os.name == "posix"
+
 
 def launch(settings: Settings, program: Sequence[str], *, module: bool = False) -> NoReturn:
     """Replace this process by the script. Does not return.
@@ -38,8 +42,14 @@ def launch(settings: Settings, program: Sequence[str], *, module: bool = False) 
         OptionError: An option has a wrong value.
         MissingExtraError: An option needs a package that is not installed.
         TraceFileError: The trace cannot be written.
-        UnsupportedError: Python was started with -I, -E or -S, which ignore PYTHONPATH or site.
+        UnsupportedError: Python was started with -I, -E or -S, which ignore PYTHONPATH or site; or
+            the system is Windows.
     """
+    if not _CAN_BECOME_SCRIPT:
+        raise UnsupportedError(
+            "grutrace run needs a POSIX system such as Linux or macOS, where a process can become "
+            f"the script; found {platform.system()}. Use grutrace.trace in the script"
+        )
     _check_settings(settings)
     # Before the script starts, only the environment of torchrun tells the rank.
     check_writable(shard_path(Path(settings.output), detect_shard()), settings.mode)

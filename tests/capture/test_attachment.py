@@ -13,22 +13,22 @@ import torch
 from torch import nn
 
 import grutrace
-from grutrace.capture.kernel_calls.subscription import is_observing
 from tests.capture.models import hooks
+from tests.leaks import kernels_are_overridden
 
 
 def test_attaching_adds_nothing_to_the_model(model, batch) -> None:
     tracer = grutrace.Tracer(model, recording=False)
     with tracer:
-        assert not is_observing()
+        assert not kernels_are_overridden()
         model(batch)
         assert len(trace_calls := tracer.calls) == 0
         tracer.start("later")
-        assert is_observing()
+        assert kernels_are_overridden()
         assert hooks(model) == 0
         model(batch)
         tracer.stop()
-        assert not is_observing()
+        assert not kernels_are_overridden()
         model(batch)
     assert len(trace_calls) == 0
     assert len(tracer.calls) == 1 + 3
@@ -144,7 +144,7 @@ def test_a_rebound_tracer_is_closed(tmp_path) -> None:
                 assert before.closed
                 assert len(before.calls) == 1
     tracer.close()
-    assert not is_observing()
+    assert not kernels_are_overridden()
 
 
 def test_two_tracers_may_be_open() -> None:

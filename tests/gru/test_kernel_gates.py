@@ -447,7 +447,10 @@ def test_gates_are_replayed_if_the_dispatch_key_is_in_use() -> None:
         import torch
         from torch.library import Library, fallthrough_kernel
         theirs = Library("_", "IMPL", "Fake")
-        theirs.fallback(fallthrough_kernel)
+        if hasattr(theirs, "fallback"):
+            theirs.fallback(fallthrough_kernel)
+        else:  # Before PyTorch 2.5.
+            theirs.m.fallback_fallthrough("Fake")
         import grutrace
         from grutrace.gru import kernel_gates
         layer = torch.nn.GRU(512, 512)

@@ -17,18 +17,18 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import grutrace
-from grutrace.capture.kernel_calls.subscription import is_observing
 from grutrace.intervention.settings import SETTABLE
 from tests import oracles
 from tests.checks import same_result, tensors
 from tests.intervention.loops import Edit, initial_states, run_loop, suffixes
+from tests.leaks import kernels_are_overridden
 from tests.strategies import Case, cases
 
 
 @pytest.fixture(autouse=True)
 def no_kernels_left() -> Any:
     yield
-    assert not is_observing()
+    assert not kernels_are_overridden()
 
 
 def unchanged(_: str, __: str, ___: int, ____: int, values: np.ndarray) -> np.ndarray:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -30,6 +31,8 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="Folder for the files.")
     parser.add_argument("--json", type=Path, help="File for all outcomes.")
     asked = parser.parse_args()
+    if os.name != "posix":
+        parser.error("the soak forks and kills processes: it needs a POSIX system")
     if not disk.is_under_us():
         disk.start_again(Path(tempfile.mkdtemp(prefix="soak-", dir=asked.folder)))
     folder = disk.folder()

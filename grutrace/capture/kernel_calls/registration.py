@@ -17,12 +17,15 @@ Two problems complicate this, both observed with PyTorch 2.13:
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -30,6 +33,9 @@ from torch._C import DispatchKey
 
 #: The operations, and the index of the weights among their arguments.
 OPERATIONS = {"gru.input": 2, "gru.data": 3, "gru_cell": 2}
+
+#: The newest PyTorch that passed the tests (tools/matrix.sh). A newer one is used, too.
+NEWEST_TESTED = (2, 15)
 
 #: How long a removed kernel is kept. A thread waits for the GIL for milliseconds only. Seconds.
 REMOVAL_DELAY_SECONDS = 10.0
@@ -137,6 +143,7 @@ class KernelRegistration:
             if device != "meta":
                 key = torch._C._dispatch_key_for_device(device)
                 keys |= {key, f"Autograd{key}"}
+        log_untested_version()
         with self._lock:
             try:
                 self._users.add(user)
@@ -205,6 +212,18 @@ class KernelRegistration:
             self._removed.popleft()
 
 
+@cache
+def log_untested_version() -> None:
+    """Log once if this PyTorch is newer than those that grutrace was tested with."""
+    found = tuple(map(int, re.findall(r"\d+", torch.__version__)[:2]))
+    if found > NEWEST_TESTED:
+        logging.getLogger(__name__).info(
+            "torch %s is newer than %s, the newest that grutrace was tested with",
+            torch.__version__,
+            ".".join(map(str, NEWEST_TESTED)),
+        )
+
+
 def _exclude_from_compiler(function: Callable[..., Any]) -> None:
     """Exclude a function from torch.compile."""
     if hasattr(_frames, "set_code_exec_strategy"):
@@ -232,7 +251,14 @@ def _overload(name: str) -> Any:
     return getattr(getattr(torch.ops.aten, packet), overload or "default")
 
 
+def has_kernel_handles() -> bool:
+    """Whether this PyTorch has handles that keep a removed kernel alive. From 2.9 on."""
+    return hasattr(torch._C, "_dispatch_get_computed_kernel_for_dispatch_key")
+
+
 def _kernel_handle(operation: str, key: str) -> Any:
     """Return a handle that keeps the current kernel of an operation alive; None without one."""
-    get_kernel = getattr(torch._C, "_dispatch_get_computed_kernel_for_dispatch_key", None)
-    return None if get_kernel is None else get_kernel(operation, getattr(DispatchKey, key))
+    if not has_kernel_handles():
+        return None
+    get_kernel: Any = torch._C._dispatch_get_computed_kernel_for_dispatch_key
+    return get_kernel(operation, getattr(DispatchKey, key))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 
 import torch
@@ -9,9 +10,9 @@ from torch import nn
 
 from grutrace.capture.kernel_calls import registration
 from grutrace.capture.kernel_calls import subscription as kernel_calls
-from grutrace.capture.kernel_calls.subscription import is_observing
 from tests import forks
 from tests.interruptions import AtLine, Interruption
+from tests.leaks import kernels_are_overridden
 
 
 def test_kernels_are_registered_and_removed_while_threads_run(monkeypatch) -> None:
@@ -43,10 +44,12 @@ def test_kernels_are_registered_and_removed_while_threads_run(monkeypatch) -> No
             thread.join()
     assert not errors
     assert all(calls)
-    assert not is_observing()
+    assert not kernels_are_overridden()
 
 
-def test_an_interruption_of_the_removal_leaves_gradients_and_is_made_up_for() -> None:
+def test_an_interruption_of_the_removal_leaves_gradients_and_is_made_up_for(monkeypatch) -> None:
+    # Before PyTorch 2.9, kernels stay while another thread runs Python. None calls a GRU here.
+    monkeypatch.setattr(sys, "_current_frames", lambda: {0: None})
     cell, x = nn.GRUCell(4, 8), torch.randn(2, 4)
     cell(x).sum().backward()
     expected = cell.weight_ih.grad.clone()
@@ -74,7 +77,7 @@ def test_an_interruption_of_the_removal_leaves_gradients_and_is_made_up_for() ->
         again.stop()
         assert len(received) == 1
     assert places > 15
-    assert not is_observing()
+    assert not kernels_are_overridden()
 
 
 STAYING = """
@@ -110,3 +113,24 @@ def test_a_kernel_stays_while_threads_may_call_it() -> None:
     """
     done = forks.run("-c", STAYING)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_newer_torch_than_was_tested_is_used_with_one_log_line(monkeypatch, caplog) -> None:
+    cell, x = nn.GRUCell(4, 8), torch.randn(2, 4)
+    lines = []
+    for version in ("2.15.1+cpu", "2.4.1", "2.16.0.dev20270101", "3.0a0"):
+        monkeypatch.setattr(torch, "__version__", version)
+        registration.log_untested_version.cache_clear()
+        caplog.clear()
+        with caplog.at_level("INFO", registration.__name__):
+            for _ in range(2):
+                received: list[object] = []
+                subscription = kernel_calls.Subscription(cell, received.append)
+                subscription.start()
+                cell(x)
+                subscription.stop()
+                assert len(received) == 1
+        lines.append([message for *_, message in caplog.record_tuples])
+    registration.log_untested_version.cache_clear()
+    assert [len(each) for each in lines] == [0, 0, 1, 1]
+    assert "torch 3.0a0 is newer than 2.15, the newest" in lines[3][0]

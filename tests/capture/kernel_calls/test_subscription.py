@@ -279,7 +279,9 @@ def test_pytorchs_own_error_for_nested_tensors(make, layout) -> None:
 
 def test_a_pre_hook_that_pads_a_nested_tensor() -> None:
     layer = nn.GRU(3, 4, batch_first=True)
-    layer.register_forward_pre_hook(lambda _, args: (torch.nested.to_padded_tensor(args[0], 0.0),))
+    layer.register_forward_pre_hook(
+        lambda _, args: (nn.utils.rnn.pad_sequence(args[0].unbind(), batch_first=True),)
+    )
     x = torch.nested.nested_tensor([torch.randn(2, 3), torch.randn(3, 3)], layout=torch.jagged)
     expected = layer(x)[0]
     with grutrace.trace(layer, check="raise") as trace:
@@ -301,7 +303,10 @@ import sys, tempfile
 import torch, torch.distributed as dist, grutrace
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+try:
+    from torch.distributed.fsdp import fully_shard
+except ImportError:  # Before PyTorch 2.6.
+    from torch.distributed._composable.fsdp import fully_shard
 with tempfile.TemporaryDirectory() as folder:
     place = f"file://{{folder}}/rendezvous"
     dist.init_process_group("gloo", init_method=place, rank=0, world_size=1)

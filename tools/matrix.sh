@@ -1,0 +1,96 @@
+#!/usr/bin/env bash
+# Test grutrace with other versions of Python, torch, NumPy and h5py, each in its own environment.
+#
+#     bash tools/matrix.sh [--whole] [WORD ...]
+#
+# Prints one row of a table for each combination, and adds it to $MATRIX/matrix.md as it goes; the
+# output of each is in $MATRIX too, ./matrix without it. A WORD selects the combinations that contain
+# it: `bash tools/matrix.sh 2.4.1`. --whole runs all tests, with the extra "test", in place of the fast
+# core. A Python that is missing is skipped, and the row says so. The exit code is 1 if anything failed.
+#
+# pip takes torch from where it is set to look: several GB each, unless that is an index of builds for
+# the CPU (PIP_EXTRA_INDEX_URL).
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+# Python, torch, NumPy, h5py; "newest" is the newest that pip finds.
+combinations=(
+    "3.11 2.4.1 1.26.4 3.10.0"
+    "3.10 2.4.1 2.0.2 3.11.0"
+    "3.12 2.6.0 2.1.3 3.12.1"
+    "3.12 2.9.1 newest 3.14.0"
+    "3.11 2.13.0 newest newest"
+    "3.13 2.13.0 newest newest"
+    "3.11 2.14.1 newest newest"
+    "3.12 newest newest newest"
+    "3.14 newest newest newest"
+)
+core=(tests/gru tests/capture tests/integration tests/storage/write tests/test_lattice.py tests/test_systems.py)
+# What the core imports, beside what grutrace needs.
+runners=("pytest>=8,<9.2" "pytest-xdist>=3.6" "hypothesis>=6.100" "expecttest>=0.2" "typer>=0.12" pandas hdf5plugin)
+
+folder=${MATRIX:-matrix}
+mkdir -p "$folder" || exit 2
+whole=
+if [ "${1:-}" = --whole ]; then
+    whole=1
+    shift
+fi
+export PIP_DISABLE_PIP_VERSION_CHECK=1 OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1
+
+python_of() {
+    command -v "python$1" || ls -d "$HOME/.pyenv/versions/$1".*/bin/python 2>/dev/null | tail -n 1 ||
+        uv python find "$1" 2>/dev/null
+}
+
+row() {
+    echo "| $1 | $2 | $3 | $4 |" | tee -a "$folder/matrix.md"
+}
+
+requirement() {
+    if [ "$2" = newest ]; then echo "$1"; else echo "$1==$2"; fi
+}
+
+# One combination, in $environment.
+try() {
+    local python=$1 name="py$1-torch$2" found result tests=("${core[@]}") install=("${runners[@]}" -e .)
+    if [ -n "$whole" ]; then
+        tests=() install=(-e ".[test]")
+    fi
+    found=$(python_of "$python")
+    if [ -z "$found" ]; then
+        row "$(date -u +%F)" "Python $python, torch $2" "" "not tried: no Python $python"
+        return 0
+    fi
+    "$found" -m venv "$environment" &&
+        "$environment/bin/pip" install --quiet "$(requirement torch "$2")" "$(requirement numpy "$3")" \
+            "$(requirement h5py "$4")" "${install[@]}" >"$folder/$name.log" 2>&1 || {
+        row "$(date -u +%F)" "Python $python, torch $2, NumPy $3, h5py $4" "" "not installed"
+        return 1
+    }
+    found=$("$environment/bin/python" -m tools.matrix_row) || found="| "
+    "$environment/bin/python" -m pytest -q -n auto --dist loadgroup -p no:cacheprovider "${tests[@]}" \
+        >>"$folder/$name.log" 2>&1
+    local code=$?
+    result=$(tail -n 1 "$folder/$name.log")
+    row "$(date -u +%F)" "${found%|*}" "${found#*|}" "${result% in *}"
+    return "$code"
+}
+
+{
+    echo "| date | versions | what they change | tests |"
+    echo "|---|---|---|---|"
+} | tee "$folder/matrix.md"
+failed=0
+for combination in "${combinations[@]}"; do
+    for word in "${@:-}"; do
+        if [[ " $combination " == *"$word"* ]]; then
+            environment=$(mktemp -d)
+            # shellcheck disable=SC2086
+            try $combination || failed=1
+            rm -rf "$environment"
+            break
+        fi
+    done
+done
+exit "$failed"
