@@ -27,6 +27,19 @@ from tests.view.live.planted import (
 MARKUP = "<img src=x onerror='window.stolen = 1'>"
 
 
+#: The elements of a page, whether a script of a token ran, and whether the token is text.
+ELEMENTS = """(() => {
+  const every = (root) => [...root.querySelectorAll('*')].flatMap(
+    (e) => [e, ...(e.shadowRoot ? every(e.shadowRoot) : [])])
+  const elements = every(document)
+  const text = elements.filter((e) => !['SCRIPT', 'STYLE'].includes(e.tagName))
+    .flatMap((e) => [...e.childNodes].filter((n) => n.nodeType == 3))
+    .map((n) => n.textContent)
+  return {tags: elements.map((e) => e.tagName), stolen: window.stolen ?? null,
+          shown: text.some((t) => t.includes('<img src=x onerror'))}
+})()"""
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     with open_browser() as browser:
@@ -149,22 +162,17 @@ def test_texts_of_a_trace_are_never_markup(browser: Any, tmp_path: Path) -> None
         shown.set("select", f"tag={MARKUP}")
         shown.set("mark", MARKUP)
         shown.wait("Bokeh.documents[0].get_model_by_name('problem').visible")
-        found = shown.page.evaluate(
-            """(() => {
-              const every = (root) => [...root.querySelectorAll('*')].flatMap(
-                (e) => [e, ...(e.shadowRoot ? every(e.shadowRoot) : [])])
-              const elements = every(document)
-              const text = elements.filter((e) => !['SCRIPT', 'STYLE'].includes(e.tagName))
-                .flatMap((e) => [...e.childNodes].filter((n) => n.nodeType == 3))
-                .map((n) => n.textContent)
-              return {tags: elements.map((e) => e.tagName), stolen: window.stolen ?? null,
-                      shown: text.some((t) => t.includes('<img src=x onerror'))}
-            })()"""
-        )
+        found = shown.page.evaluate(ELEMENTS)
         assert found["stolen"] is None
         assert found["shown"]
         assert not {"IMG", "B", "I", "MJX-CONTAINER"} & set(found["tags"])
-        shown.close()
+        # The control: the same text as markup is found, and would run.
+        shown.page.evaluate("(text) => document.body.insertAdjacentHTML('beforeend', text)", MARKUP)
+        shown.wait("window.stolen === 1")
+        found = shown.page.evaluate(ELEMENTS)
+        assert found["stolen"] == 1
+        assert "IMG" in found["tags"]
+        shown.page.close()
 
 
 def test_a_growing_file_is_followed(browser: Any, tmp_path: Path) -> None:
