@@ -90,3 +90,13 @@ def shorten(text: str, chars: int = MAX_VALUE_CHARS) -> str:
     if len(text) <= chars:
         return text
     return f"{text[: chars // 2]}...{text[-(chars // 2 - 3) :]}"
+
+
+def plural(count: int, noun: str) -> str:
+    """Return a count with its noun.
+
+    Examples:
+        >>> plural(1, "site"), plural(2000, "site")
+        ('1 site', '2,000 sites')
+    """
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"

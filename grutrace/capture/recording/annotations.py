@@ -30,6 +30,7 @@ from grutrace.records import (
     AnnotationRecord,
     ModuleInfo,
 )
+from grutrace.reprs import plural
 
 #: Values, or values by the path of the module that they belong to, which may be a glob.
 AnnotationValues: TypeAlias = Values | Mapping[str, Values]
@@ -297,8 +298,8 @@ class RecordedBatches:
     def _describe_batches(self) -> str:
         batches = {
             f"the recorded batch of {self._modules[module].path or 'the model'} has "
-            f"{_count(len(batch.steps), 'sequence')} of up to "
-            f"{_count(int(batch.steps.max(initial=0)), 'step')}"
+            f"{plural(len(batch.steps), 'sequence')} of up to "
+            f"{plural(int(batch.steps.max(initial=0)), 'step')}"
             for module, batch in self._all()
         }
         dropped = self._dropped()
@@ -424,12 +425,7 @@ def _clip_values(
 
 def _describe_values(name: str, values: ParsedValues) -> str:
     if values.longest is None:
-        return _count(len(values.lists), "value")
-    lists = _count(len(values.lists), "list")
+        return plural(len(values.lists), "value")
+    lists = plural(len(values.lists), "list")
     noun = "token" if name == "tokens" else "value"
-    return f"{lists} of up to {_count(values.longest, noun)}"
-
-
-def _count(number: int, noun: str) -> str:
-    """Return a number and its noun, in the singular or the plural."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+    return f"{lists} of up to {plural(values.longest, noun)}"

@@ -127,8 +127,3 @@ class Controls:
             sizing_mode="stretch_width",
             styles={"padding": "8px 12px"},
         )
-
-
-def count_text(count: int, word: str) -> str:
-    """Return a number with its word: ``1 step``, ``2 steps``."""
-    return f"{count:,} {word}" + ("" if count == 1 else "s")

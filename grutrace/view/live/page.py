@@ -9,7 +9,8 @@ from bokeh import events, models
 from bokeh.document import Document
 
 from grutrace.errors import GrutraceError, NotRecordedError, OptionError
-from grutrace.view.live.controls import MAX_SITES, Controls, count_text
+from grutrace.reprs import plural
+from grutrace.view.live.controls import MAX_SITES, Controls
 from grutrace.view.live.engine.link import Link, Steps, parse_link
 from grutrace.view.live.engine.runs import Runs
 from grutrace.view.live.engine.site_view import SiteView, first_quantity
@@ -312,7 +313,7 @@ class Page:
             self._widgets.status.text = "No steps are recorded yet."
             return
         steps, total = span.stop - span.start, len(view.axis)
-        parts = [f"{steps:,} of {total:,} steps, of {count_text(window.sequences, 'sequence')}"]
+        parts = [f"{steps:,} of {total:,} steps, of {plural(window.sequences, 'sequence')}"]
         if steps > len(window.steps) - 1:
             parts.append(
                 f"a pixel is the {self._widgets.statistic.value} of "
@@ -324,7 +325,7 @@ class Page:
             share = window.steps_read / steps
             parts.append(
                 f"from a sample so far: {window.sequences_read:,} of "
-                f"{count_text(window.sequences, 'sequence')}, {share:.1%} of the steps"
+                f"{plural(window.sequences, 'sequence')}, {share:.1%} of the steps"
             )
         if steps > self._strip_limit():
             parts.append("zoom in to see tokens")

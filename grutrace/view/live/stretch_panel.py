@@ -10,7 +10,8 @@ from typing import Any
 from bokeh import events
 
 from grutrace.errors import NotRecordedError, OptionError
-from grutrace.view.live.controls import Controls, count_text
+from grutrace.reprs import plural
+from grutrace.view.live.controls import Controls
 from grutrace.view.live.engine.link import Link, Steps, parse_link
 from grutrace.view.live.engine.search import Search
 from grutrace.view.live.engine.site_view import SiteView
@@ -200,7 +201,7 @@ class StretchPanel:
         around = f" and off {before} before and {after} after it" if before or after else ""
         more = f" The first {MAX_UNITS} are taken." if len(found) > MAX_UNITS else ""
         widgets.found.text = (
-            f"{count_text(len(found), 'unit')} of {view.units} on in {_stretch_text(stretch)}"
+            f"{plural(len(found), 'unit')} of {view.units} on in {_stretch_text(stretch)}"
             f"{around}.{more}"
         )
         self._read_units()

@@ -14,6 +14,7 @@ from grutrace.analysis.engine.multiple_tests import binomial_tail, holm
 from grutrace.analysis.memory.gradients import Gradients, gradients
 from grutrace.analysis.memory.timescales import Timescales, timescales
 from grutrace.errors import GrutraceError, MissingExtraError
+from grutrace.reprs import plural
 from grutrace.view.plots.axes import printable
 from grutrace.view.plots.changes import plot_stages
 from grutrace.view.plots.colors import QUANTITY_NAMES
@@ -109,7 +110,8 @@ def find_chaos(file: str, samples: list[SiteSample]) -> Finding:
     finding.how = (
         "Largest Lyapunov exponent along the recorded sequences, with its standard error from "
         f"blocks of steps; a normal test of each side of 0 at {LEVEL:.0%}, corrected for both "
-        f"sides and {len(results)} sites (Holm). Sequences need {MIN_LENGTH} counted steps."
+        f"sides and {plural(len(results), 'site')} (Holm). Sequences need {MIN_LENGTH} counted "
+        "steps."
     )
     scores = np.array(
         [found.largest / max(found.largest_error, 1e-12) for _, found in results], np.float64
@@ -183,7 +185,7 @@ def find_gradients(file: str, samples: list[SiteSample]) -> Finding:
     finding.how = (
         "The norm of dL/dh is fitted by a constant factor a step of distance from the loss, in up "
         "to ten stages of the run. Sign test that it falls in more than half of the stages, at "
-        f"{LEVEL:.0%}, corrected for {len(results)} sites (Holm)."
+        f"{LEVEL:.0%}, corrected for {plural(len(results), 'site')} (Holm)."
     )
     for (sample, found), p in zip(results, corrected, strict=True):
         name = printable(sample.name, 60)

@@ -10,6 +10,7 @@ from itertools import islice
 import numpy as np
 
 from grutrace.errors import as_path, require_extra
+from grutrace.reprs import plural
 from grutrace.storage.open import open_trace
 from grutrace.storage.read.trace import Trace
 from grutrace.view.picture_files import require_format, write_file
@@ -138,8 +139,8 @@ def _about(trace: Trace) -> list[str]:
     header, tables = trace.header, trace.snapshot.tables
     sequences = sum(module.sequences for module in tables.module_counts)
     lines = [
-        f"A trace of {header.model}: {len(trace.sites):,} sites, {len(tables.calls):,} calls, "
-        f"{sequences:,} sequences.",
+        f"A trace of {header.model}: {plural(len(trace.sites), 'site')}, "
+        f"{plural(len(tables.calls), 'call')}, {plural(sequences, 'sequence')}.",
     ]
     if trace.selection is not None:
         lines.append(

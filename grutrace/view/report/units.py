@@ -10,6 +10,7 @@ from grutrace.analysis.descriptive.saturation import saturation
 from grutrace.analysis.descriptive.stuck_units import PART_STEPS, TYPICAL, StuckUnits, stuck_units
 from grutrace.analysis.labels.selectivity import Selectivity, selectivity
 from grutrace.errors import GrutraceError, NotRecordedError
+from grutrace.reprs import plural
 from grutrace.view.plots.axes import printable
 from grutrace.view.plots.saturation import MEANINGS, plot_saturation
 from grutrace.view.plots.selectivity import plot_selectivity
@@ -50,7 +51,7 @@ def find_stuck(file: str, samples: list[SiteSample]) -> Finding:
         "state is constant within 0.001. (Sequences are divided into parts of "
         f"{PART_STEPS} steps.) Binomial test that this holds in more than {100 * TYPICAL:.0f} % of "
         f"all sequences, at {LEVEL:.0%}; corrected for all units, gates and sides of a site (Holm) "
-        f"and for {len(tested)} sites (Bonferroni)."
+        f"and for {plural(len(tested), 'site')} (Bonferroni)."
     )
     counts = {}
     for sample, found in tested:

@@ -12,12 +12,11 @@ import numpy as np
 
 from grutrace.errors import GrutraceError
 from grutrace.records import LOG_PREFIX, Site
-from grutrace.reprs import shorten
+from grutrace.reprs import plural, shorten
 from grutrace.storage.read.annotations import annotation_names
 from grutrace.storage.read.display.text_reprs import (
     MAX_NAME_CHARS,
     label_names,
-    plural,
     short_list,
     tag_names,
     token_text,

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from grutrace.records import Site
-from grutrace.reprs import WIDTH, shorten, wrap_text
+from grutrace.reprs import WIDTH, plural, shorten, wrap_text
 from grutrace.storage.read.annotations import annotation_names
 from grutrace.storage.read.snapshot import TraceSnapshot
 
@@ -49,7 +49,9 @@ def site_repr(snapshot: TraceSnapshot, module: int, site: Site) -> str:
     recorded = ", ".join(site.available_quantities)
     labels = annotation_names(snapshot.tables, module)
     sequences = plural(extent.sequences, "sequence")
-    lines = [wrap_text(f"<site {site.name}: {sequences}, {extent.rows} steps of {recorded}")]
+    lines = [
+        wrap_text(f"<site {site.name}: {sequences}, {plural(extent.rows, 'step')} of {recorded}")
+    ]
     if logged := snapshot.logged(module):
         lines.append(_indented(f"logged: {short_list(logged)}"))
     if labels:
@@ -74,7 +76,7 @@ def _site_line(snapshot: TraceSnapshot, number: int, site: Site) -> str:
     extent, recorded = snapshot.extent(number), ", ".join(site.available_quantities)
     sequences = plural(extent.sequences, "sequence")
     name = shorten(site.name, MAX_NAME_CHARS)
-    return f"{name}: {sequences}, {extent.rows} steps of {recorded or 'nothing'}"
+    return f"{name}: {sequences}, {plural(extent.rows, 'step')} of {recorded or 'nothing'}"
 
 
 def tag_names(snapshot: TraceSnapshot) -> list[str]:
@@ -102,16 +104,6 @@ def short_list(names: Iterable[str]) -> str:
 def token_text(token: object) -> str:
     """Return a token as a short text, and a middle dot for none."""
     return "\N{MIDDLE DOT}" if token is None else shorten(str(token), MAX_NAME_CHARS // 2)
-
-
-def plural(count: int, noun: str) -> str:
-    """Return a count with its noun.
-
-    Examples:
-        >>> plural(1, "site"), plural(2, "site")
-        ('1 site', '2 sites')
-    """
-    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def _indented(text: str) -> str:
