@@ -264,7 +264,7 @@ def _refuse(run: KernelRun | SkippedCall) -> None:
     """
     assert isinstance(run, SkippedCall)
     reason = run.reason.partition(":")[0]
-    raise UnsupportedError(f"intervene: expected a call of the model with real tensors; {reason}")
+    raise UnsupportedError(f"intervene: expected a call whose output can be replaced; {reason}")
 
 
 def intervene(
@@ -317,7 +317,8 @@ def intervene(
             depends on the batch, the model's call raises it, before the layer runs. A function that
             returns another shape or NaN makes the model's call raise it.
         StateError: At the end of the block, if a site was not called.
-        UnsupportedError: The model has no GRU.
+        UnsupportedError: The model has no GRU, or nn.DataParallel makes replicas of it. The model's
+            call raises it if its output cannot be replaced.
 
     Examples:
         >>> import torch
@@ -340,15 +341,35 @@ def intervene(
         >>> torch.equal(output, expected)
         True
     """
-    return Intervention(
-        make_settings(
-            model,
-            site,
-            quantities,
-            units=units,
-            steps=steps,
-            sequences=sequences,
-            tokens=tokens,
-            align=align,
-        )
+    by_module = make_settings(
+        model,
+        site,
+        quantities,
+        units=units,
+        steps=steps,
+        sequences=sequences,
+        tokens=tokens,
+        align=align,
     )
+    _refuse_replicas(model, by_module)
+    return Intervention(by_module)
+
+
+def _refuse_replicas(
+    model: nn.Module, by_module: Sequence[tuple[SelectedModule, Sequence[Setting]]]
+) -> None:
+    """Refuse modules of which nn.DataParallel makes replicas.
+
+    Raises:
+        UnsupportedError: There is one.
+    """
+    for wrapper in model.modules():
+        if isinstance(wrapper, nn.DataParallel) and len(wrapper.device_ids) > 1:
+            replicated = set(wrapper.modules())
+            for selection, settings in by_module:
+                if selection.module in replicated:
+                    raise UnsupportedError(
+                        f"intervene: expected one module, found {_names(settings)} in an "
+                        f"nn.DataParallel, which makes {len(wrapper.device_ids)} replicas in each "
+                        "call: run the model without it, or in one process per device"
+                    )

@@ -705,6 +705,53 @@ def test_a_call_without_data_is_refused() -> None:
         layer(x)
 
 
+class Replicating(nn.DataParallel[nn.Module]):
+    """Runs two replicas of a layer, made as on two devices, each on half of the batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = []
+        dim = x.dim() - 2
+        for half in x.chunk(2, dim):
+            replica = self.module._replicate_for_data_parallel()
+            for name, parameter in self.module._parameters.items():
+                setattr(replica, name, parameter.clone())
+            output = replica(half)
+            outputs.append(output[0] if isinstance(output, tuple) else output)
+        return torch.cat(outputs, dim)
+
+
+@pytest.mark.parametrize("kind", ["GRU", "GRUCell"])
+def test_a_replica_of_data_parallel_is_refused(kind: str) -> None:
+    is_cell = kind == "GRUCell"
+    layer, other = getattr(nn, kind)(2, 3), getattr(nn, kind)(2, 3)
+    site = "cell" if is_cell else "l0"
+    x = torch.randn(4, 2) if is_cell else torch.randn(5, 4, 2)
+    intervention = grutrace.intervene(layer, site, update=0.0)
+    message = "replica of nn.DataParallel"
+    with pytest.raises(grutrace.UnsupportedError, match=message), intervention:
+        Replicating(layer)(x)
+    # Control: replicas of another layer run in the block, and all replicas outside of it.
+    with grutrace.intervene(layer, site, update=0.0):
+        layer(x)
+        inside = Replicating(other)(x)
+    for found, expected in ((inside, other(x)), (Replicating(layer)(x), layer(x))):
+        assert torch.allclose(found, expected if is_cell else expected[0], atol=1e-6)
+
+
+def test_data_parallel_on_several_devices_is_refused_before_the_model_runs() -> None:
+    model = nn.ModuleDict({"a": nn.DataParallel(nn.GRU(2, 3)), "b": nn.GRU(2, 3)})
+    # On a CPU it makes no replicas: the module itself runs.
+    with grutrace.intervene(model, "a.module.l0", update=1.0):
+        output, _ = model["a"](torch.randn(5, 4, 2))
+    assert not output.any()
+    model["a"].device_ids = [0, 1]
+    with pytest.raises(
+        grutrace.UnsupportedError, match=r"a\.module\.l0 in an nn.DataParallel.*2 rep"
+    ):
+        grutrace.intervene(model, "a.*", update=1.0)
+    grutrace.intervene(model, "b.*", update=1.0)
+
+
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_vmap_runs_a_cell_for_each_sample() -> None:
     cell, x = nn.GRUCell(2, 3), torch.randn(4, 2, 2)

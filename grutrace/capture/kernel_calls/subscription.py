@@ -212,6 +212,18 @@ class _Subscriptions:
             if (subscription := reference()) is not None and subscription.module() is module
         ]
 
+    def replacing_original(self, replica: nn.Module) -> list[Subscription]:
+        """Return the subscriptions that replace the output of the module that a replica is of."""
+        # A replica has the same dict of hooks.
+        hooks = vars(replica).get("_forward_hooks")
+        return [
+            subscription
+            for module in self.modules()
+            if vars(module).get("_forward_hooks") is hooks
+            for subscription in self.to_module(module)
+            if subscription.replacement is not None
+        ]
+
     def modules(self) -> Iterator[nn.Module]:
         """Yield the modules that have subscriptions."""
         for references in tuple(self.by_module.values()):
@@ -241,6 +253,11 @@ class _CurrentCall(threading.local):
         return False
 
 
+#: nn.DataParallel makes new replicas of a module for every call.
+_REPLICA = SkippedCall(
+    "a replica of nn.DataParallel made it; run the model without it, or in one process per device"
+)
+
 _subscriptions = _Subscriptions()
 _watches: weakref.WeakSet[UnknownModuleWatch] = weakref.WeakSet()
 _current_call = _CurrentCall()
@@ -263,6 +280,8 @@ def _dispatch(kernel: GRUKernel, arguments: tuple[Any, ...]) -> Any:
         return kernel(*arguments)
     subscriptions = _subscriptions.to_module(module)
     if not subscriptions:
+        if getattr(module, "_is_replica", False):
+            _notify(_subscriptions.replacing_original(module), _REPLICA)
         if not _watches or caller.module_frame is None:
             return kernel(*arguments)
         for watch in tuple(_watches):
