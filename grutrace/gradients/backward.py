@@ -33,6 +33,10 @@ from grutrace.gru import cell
 from grutrace.gru.cell import Gates, Products
 from grutrace.gru.kernel import CellWeights
 
+#: Rows whose derivatives are held at once where only those of the states are wanted: some 14 values
+#: for each unit of a row.
+MOST_ROWS = 1024
+
 
 class StepDerivatives(NamedTuple):
     """How the state of a step depends on the same unit of its gates: each field (N, H).
@@ -202,3 +206,32 @@ def call_gradients(
         arriving, final, derivatives, weights.weight_hh, batch_sizes, reverse=reverse
     )
     return total, initial, derivatives
+
+
+def total_gradients(
+    input: Tensor,
+    previous: Tensor,
+    weights: CellWeights,
+    arriving: Tensor,
+    final: Tensor,
+    batch_sizes: Sequence[int],
+    *,
+    reverse: bool,
+    most_rows: int = MOST_ROWS,
+) -> tuple[Tensor, Tensor]:
+    """Return the total gradients of the states of one call (N, H) and of the initial ones (B, H).
+
+    The arguments are those of `call_gradients`, and `most_rows`: the number of rows whose
+    derivatives are held at once.
+    """
+    parts, start = list[tuple[slice, list[int]]](), 0
+    for size in batch_sizes:
+        if not parts or sum(parts[-1][1]) + size > most_rows:
+            parts.append((slice(start, start), []))
+        start += size
+        parts[-1] = slice(parts[-1][0].start, start), [*parts[-1][1], size]
+    total = torch.empty_like(arriving)
+    for rows, sizes in parts if reverse else reversed(parts):
+        own = input[rows], previous[rows], weights, arriving[rows]
+        total[rows], final, _ = call_gradients(*own, final, sizes, reverse=reverse)
+    return total, final

@@ -19,6 +19,7 @@ from grutrace.gradients.backward import (
     previous_gradient,
     select_steps,
     step_derivatives,
+    total_gradients,
 )
 from grutrace.gru import cell
 from grutrace.gru.kernel import CellWeights
@@ -57,16 +58,16 @@ def recorded_gradients(
     rows = [_tensor(array).to(dtype)[order] for array in (input, previous, arriving)]
     cell_weights = _cell_weights(weights, dtype)
     final = rows[1].new_zeros(len(steps), previous.shape[1])
-    total, _, derivatives = call_gradients(
-        rows[0], rows[1], cell_weights, rows[2], final, batch_sizes, reverse=reverse
-    )
+    inputs = rows[0], rows[1], cell_weights, rows[2], final, batch_sizes
     if quantity == "hidden":
-        values = total
-    elif quantity == "input":
-        values = input_gradient(total, derivatives, cell_weights.weight_ih)
+        values, _ = total_gradients(*inputs, reverse=reverse)
     else:
-        gates = gate_gradients(total, derivatives, preactivations=preactivation)
-        values = getattr(gates, quantity)
+        total, _, derivatives = call_gradients(*inputs, reverse=reverse)
+        if quantity == "input":
+            values = input_gradient(total, derivatives, cell_weights.weight_ih)
+        else:
+            gates = gate_gradients(total, derivatives, preactivations=preactivation)
+            values = getattr(gates, quantity)
     result = torch.empty_like(values)
     result[order] = values
     array: Array = result.numpy()

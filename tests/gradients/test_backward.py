@@ -22,6 +22,9 @@ TOLERANCE = 1e-10
 class Problem:
     """A direction of a layer with random values, and the loop over its steps."""
 
+    #: Rows whose derivatives are held at once; 0 for all.
+    most_rows = 0
+
     def __init__(self, batch_sizes: list[int], seed: int, bias: bool, reverse: bool) -> None:
         torch.manual_seed(seed)
         inputs, units, rows = 3, 5, sum(batch_sizes)
@@ -51,15 +54,12 @@ class Problem:
         previous = layout.previous(
             self.loop.rows("hidden").detach(), self.initial, reverse=self.reverse
         )
-        total, initial, derivatives = backward.call_gradients(
-            self.input,
-            previous,
-            self.weights,
-            self.arriving,
-            self.final,
-            self.batch_sizes,
-            reverse=self.reverse,
-        )
+        arguments = self.input, previous, self.weights, self.arriving, self.final, self.batch_sizes
+        total, initial, derivatives = backward.call_gradients(*arguments, reverse=self.reverse)
+        if self.most_rows:
+            total, initial = backward.total_gradients(
+                *arguments, reverse=self.reverse, most_rows=self.most_rows
+            )
         gates = backward.gate_gradients(total, derivatives)
         before = backward.gate_gradients(total, derivatives, preactivations=True)
         return {
@@ -86,6 +86,14 @@ def difference(loop: Loop, found: dict[str, Tensor]) -> float:
 @settings(max_examples=60, deadline=None)
 def test_every_gradient_equals_autograds(sizes, seed, bias, reverse) -> None:
     problem = Problem(sorted(sizes, reverse=True), seed, bias, reverse)
+    assert difference(problem.loop, problem.closed_form()) < TOLERANCE
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("most_rows", [1, 3, 5, 8, 100])
+def test_gradients_in_parts_equal_autograds(most_rows, reverse) -> None:
+    problem = Problem([4, 4, 3, 3, 1], 1, True, reverse)
+    problem.most_rows = most_rows
     assert difference(problem.loop, problem.closed_form()) < TOLERANCE
 
 

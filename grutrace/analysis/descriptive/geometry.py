@@ -19,6 +19,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from grutrace.analysis.engine.blas import single_blas_thread
 from grutrace.analysis.engine.map_reduce import summarize_rows
 from grutrace.analysis.engine.result import Result
 from grutrace.analysis.engine.site_data import SiteLike, as_site_data
@@ -97,7 +98,8 @@ def geometry(site: SiteLike, quantity: str = "hidden") -> Geometry:
     width = data.rows(quantity).shape[1]
     if not width:
         raise OptionError(f"{data.name!r}: expected at least one unit, found none")
-    sums = summarize_rows(data, (quantity,), comoments, Comoments.merge)
+    with single_blas_thread():
+        sums = summarize_rows(data, (quantity,), comoments, Comoments.merge)
     has_variance = sums.count > 1
     covariance = sums.products / max(1, sums.count - 1)
     variance, directions = np.linalg.eigh(covariance)
