@@ -11,19 +11,21 @@ from typing import Annotated
 import typer
 
 from grutrace.cli.output import echo
+from grutrace.errors import OptionError
 from grutrace.records import QUANTITIES
+from grutrace.storage.hdf5.remote import is_url
 from grutrace.storage.open import open_trace
 from grutrace.storage.read.trace import Trace
 
 #: Exit codes other than 0: the answer is no; an error, or nothing to answer.
 EXIT_NO, EXIT_ERROR = 1, 2
 
-File = Annotated[Path, typer.Argument(help="A trace file.", show_default=False)]
+File = Annotated[str, typer.Argument(help="A trace file, or its URL.", show_default=False)]
 Files = Annotated[
-    list[Path],
+    list[str],
     typer.Argument(
         metavar="FILE...",
-        help="A trace file, or the shards of several processes: run.rank*.h5",
+        help="A trace file or its URL, or the shards of several processes: run.rank*.h5",
         show_default=False,
     ),
 ]
@@ -44,11 +46,11 @@ def split_names(values: list[str] | None) -> list[str] | None:
 
 
 @contextmanager
-def open_traces(files: Sequence[Path]) -> Iterator[Trace]:
+def open_traces(files: Sequence[str | Path]) -> Iterator[Trace]:
     """Open a trace, and print warnings as lines on standard error.
 
     Args:
-        files: One file or one glob, or several shards.
+        files: One file, URL or glob, or several shards.
 
     Raises:
         TraceFileError: As for `grutrace.open`.
@@ -69,6 +71,18 @@ def warnings_as_lines() -> Iterator[None]:
         echo(f"grutrace: {warning.message}", stderr=True)
 
 
-def display_name(files: Sequence[Path]) -> str:
+def require_local(files: Sequence[str]) -> list[Path]:
+    """Return files on this machine as paths.
+
+    Raises:
+        OptionError: One of them is a URL.
+    """
+    for file in files:
+        if is_url(file):
+            raise OptionError(f"FILE: expected a file on this machine, found {file}: download it")
+    return [Path(file) for file in files]
+
+
+def display_name(files: Sequence[str | Path]) -> str:
     """Return the name of the files in the output."""
     return str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from grutrace.analysis.comparison import TraceDifference, ValueDifference, ValuePair, compare
-from grutrace.cli.common import EXIT_NO, AsJSON, Record, Sites, open_traces, split_names
+from grutrace.cli.common import EXIT_NO, AsJSON, File, Record, Sites, open_traces, split_names
 from grutrace.cli.output import echo, new_table, print_json, print_table, progress_bar
 
 
 def diff(
-    a: Annotated[Path, typer.Argument(help="A trace file.", show_default=False)],
-    b: Annotated[Path, typer.Argument(help="Another trace file.", show_default=False)],
+    a: File,
+    b: File,
     tolerance: Annotated[
         float | None,
         typer.Option(
@@ -51,7 +50,7 @@ def diff(
             progress=advance,
         )
     if as_json:
-        print_json({"a": str(a), "b": str(b), **_to_json(difference)})
+        print_json({"a": a, "b": b, **_to_json(difference)})
     else:
         print_difference(difference)
     if not difference.same:

@@ -39,8 +39,8 @@ def describe(trace: Trace, name: str) -> dict[str, Any]:
     header = trace.header
     return {
         "file": name,
-        "parts": [str(file) for file in trace.files],
-        "bytes": sum(file.stat().st_size for file in trace.files),
+        "parts": [str(file) for file in trace.files] or [name],
+        "bytes": sum(file.stat().st_size for file in trace.files) if trace.files else None,
         "selection": trace.selection,
         "shards": [dataclasses.asdict(shard) for shard in trace.snapshot.tables.shards],
         "model": header.model,
@@ -77,7 +77,9 @@ def print_info(trace: Trace, name: str) -> None:
     if not description["closed"]:
         state = "not closed: still being written, or its writer was killed"
     parts = f" in {len(description['parts'])} files" if len(description["parts"]) > 1 else ""
-    size = f"{description['bytes'] / 1e6:.1f} MB"
+    size = "on a server"
+    if description["bytes"] is not None:
+        size = f"{description['bytes'] / 1e6:.1f} MB"
     echo(f"{name}: trace of {description['model']}, {size}{parts}, {state}")
     versions = [
         f"{library} {version}"

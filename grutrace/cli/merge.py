@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from grutrace.cli.common import AsJSON, Files, display_name, warnings_as_lines
+from grutrace.cli.common import AsJSON, Files, display_name, require_local, warnings_as_lines
 from grutrace.cli.output import echo, print_json, progress_bar
 from grutrace.storage.shards.merge import MergeReport, merge_shards
 
@@ -30,12 +30,13 @@ def merge(
     """
     from grutrace.statistics.file import is_statistics
 
-    if all(map(is_statistics, files)):
-        _merge_statistics(files, output)
+    paths = require_local(files)
+    if all(map(is_statistics, paths)):
+        _merge_statistics(paths, output)
         return
     with warnings_as_lines(), progress_bar("copying") as advance:
         report = merge_shards(
-            files[0] if len(files) == 1 else files, output, copy=copy, progress=advance
+            paths[0] if len(paths) == 1 else paths, output, copy=copy, progress=advance
         )
     if as_json:
         print_json(dataclasses.asdict(report) | {"unclosed": list(map(str, report.unclosed))})

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from grutrace.cli.common import EXIT_NO, AsJSON, File
+from grutrace.cli.common import EXIT_NO, AsJSON, File, require_local
 from grutrace.cli.output import new_table, print_json, print_table, progress_bar
 from grutrace.storage.recovery.recover import RecoveryReport, recover_file
 
@@ -26,8 +26,9 @@ def recover(
     All parts of a run are recovered. Exit codes: 0 everything committed was recovered, 1 some of it
     is lost, 2 nothing can be recovered.
     """
+    (path,) = require_local([file])
     with progress_bar("recovering") as advance:
-        reports = recover_file(file, output, advance)
+        reports = recover_file(path, output, advance)
     if as_json:
         print_json([_to_json(report) for report in reports])
     else:

@@ -35,6 +35,7 @@ from grutrace.errors import OptionError, join_names
 from grutrace.statistics.file import is_statistics
 from grutrace.statistics.moments import HIGH, LOW
 from grutrace.statistics.running import Statistics
+from grutrace.storage.hdf5.remote import is_url
 from grutrace.storage.read.trace import Trace
 
 
@@ -44,7 +45,7 @@ def stats(
         list[str],
         typer.Argument(
             metavar="FILE... [ANALYSIS]",
-            help="A trace file, or the shards of several processes: run.rank*.h5. "
+            help="A trace file or its URL, or the shards of several processes: run.rank*.h5. "
             f"ANALYSIS is one of {', '.join(ANALYSES)}.",
             show_default=False,
         ),
@@ -56,7 +57,7 @@ def stats(
         str | None, typer.Option(metavar="NAME", help="The label that ANALYSIS uses, or tokens.")
     ] = None,
     against: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The later trace, for the analysis change.")
+        str | None, typer.Option(metavar="FILE", help="The later trace, for the analysis change.")
     ] = None,
     paired: Annotated[
         bool, typer.Option("--paired", help="Both traces have the same inputs, step by step.")
@@ -98,12 +99,12 @@ def stats(
         print_summaries(summaries)
 
 
-def split_arguments(arguments: Sequence[str]) -> tuple[list[Path], str | None]:
+def split_arguments(arguments: Sequence[str]) -> tuple[list[str], str | None]:
     """Split the arguments into files and the name of an analysis, if the last is not a file."""
     *files, last = arguments
-    if files and not Path(last).exists():
-        return [Path(file) for file in files], last
-    return [Path(argument) for argument in arguments], None
+    if files and not Path(last).exists() and not is_url(last):
+        return files, last
+    return list(arguments), None
 
 
 def matching_sites(trace: Trace, globs: Sequence[str] | None) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from grutrace.cli.common import File, open_traces
+from grutrace.cli.common import File, open_traces, require_local
 from grutrace.cli.output import echo
 from grutrace.errors import GrutraceError, OptionError, join_names, short_repr
 from grutrace.storage.read.trace import Trace
@@ -46,7 +46,7 @@ def annotate(
     label. A .json file has {"tokens": ..., "labels": {NAME: ...}}, as Trace.annotate takes them.
     Exit codes: 0 success, 2 if the values do not fit, or the file cannot be written.
     """
-    check_in_subprocess([file])
+    check_in_subprocess(require_local([file]))
     with open_traces([file]) as trace:
         for arguments in _read(labels, text or [], trace, module):
             trace.annotate(**arguments, replace=replace)

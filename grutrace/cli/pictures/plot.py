@@ -56,7 +56,7 @@ def plot(
     lags: Annotated[int | None, typer.Option(help="Largest lag.")] = None,
     count: Annotated[int | None, typer.Option(help="Number of stages.")] = None,
     against: Annotated[
-        list[Path] | None,
+        list[str] | None,
         typer.Option(metavar="FILE", help="A later trace. May be repeated for checkpoints."),
     ] = None,
     paired: Annotated[

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -15,10 +14,10 @@ from grutrace.view.live.serve import view as show
 
 def view(
     paths: Annotated[
-        list[Path],
+        list[str],
         typer.Argument(
             metavar="PATH...",
-            help="A trace file, shards such as run.rank*.h5, or a folder of runs.",
+            help="A trace file or its URL, shards such as run.rank*.h5, or a folder of runs.",
             show_default=False,
         ),
     ],

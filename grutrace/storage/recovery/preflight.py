@@ -23,13 +23,14 @@ import h5py
 
 from grutrace.errors import GrutraceError, TraceFileError
 from grutrace.storage.hdf5.errors import translate_read_errors
+from grutrace.storage.hdf5.remote import RemoteReadHandle, is_url
 from grutrace.storage.hdf5.safe_access import get_member, is_dataset, require_local_data
 from grutrace.storage.hdf5.safe_open import disable_plugins, open_for_reading
 from grutrace.storage.recovery.plan import best_plan
 from grutrace.storage.shards.open_files import matching_files, open_files
 from grutrace.storage.shards.run_parts import part_files
 
-#: A file, or a glob or paths of shards.
+#: A file or its URL, or a glob or paths of shards.
 Paths: TypeAlias = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 #: Default time limit of the check in seconds. A trace of a million calls takes two seconds.
@@ -70,7 +71,7 @@ def check_in_subprocess(
     Ordinary errors are ignored here; the caller meets them when it reads the file.
 
     Args:
-        path: Path of the trace, or a glob or paths of shards.
+        path: Path or URL of the trace, or a glob or paths of shards.
         limit: Time limit in seconds.
         function: Name of the function of this module that the subprocess calls with the paths.
 
@@ -98,8 +99,9 @@ def check_in_subprocess(
             check=False,
         )
     except subprocess.TimeoutExpired:
+        reason = "is damaged, or its server is slow" if is_url(name) else "is damaged"
         raise TraceFileError(
-            f"{name} is damaged: {hdf5} did not finish reading it within {limit:g} s"
+            f"{name} {reason}: {hdf5} did not finish reading it within {limit:g} s"
         ) from None
     if process.returncode == _EXIT_OUT_OF_MEMORY:
         raise TraceFileError(
@@ -124,12 +126,23 @@ def read_everything(paths: Sequence[str]) -> None:
             source = open_files(paths[0] if len(paths) == 1 else paths)
             files = source.files
             source.close()
+            for url in filter(is_url, paths):
+                _read_remote(url)
             for path in files:
                 with translate_read_errors(path), open_for_reading(path) as file:
                     _read_group(file, GROUP_DEPTH)
     except GrutraceError as error:
         if "memory allocation failed" in str(error) or isinstance(error.__cause__, MemoryError):
             sys.exit(_EXIT_OUT_OF_MEMORY)
+
+
+def _read_remote(url: str) -> None:
+    handle = RemoteReadHandle(url, {})
+    try:
+        with translate_read_errors(url), handle.acquire() as file:
+            _read_group(file, GROUP_DEPTH)
+    finally:
+        handle.close()
 
 
 def scan_for_recovery(paths: Sequence[str]) -> None:

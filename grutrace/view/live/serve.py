@@ -67,8 +67,8 @@ def view(
     the random token in its address, refuses pages of other sites, and opens no file but these.
 
     Args:
-        path: A trace file, also one that is being written; a glob for shards; a folder with the
-            files of several runs; an open trace; or several of these.
+        path: A trace file, also one that is being written, or its URL; a glob for shards; a folder
+            with the files of several runs; an open trace; or several of these.
         port: The port; 0 for any free one.
         browser: Whether to open the page in the browser.
 

@@ -132,7 +132,8 @@ def _file_name(trace: Trace) -> str:
 
 
 def _title(trace: Trace) -> str:
-    return f"Report: {trace.files[0].name if trace.files else 'a trace in memory'}"
+    name = trace.files[0].name if trace.files else f"a trace of {trace.header.model}"
+    return f"Report: {name}"
 
 
 def _about(trace: Trace) -> list[str]:

@@ -10,10 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -23,65 +20,14 @@ from torch import nn
 
 import grutrace
 from grutrace.storage.shards.merge import merge_shards
+from tests.web_server import SECRET, WHOLE, Server, serve
 
 pytest.importorskip("aiohttp", reason="aiohttp is not installed: pip install 'fsspec[http]'")
-
-#: Names that the server treats in a way of its own.
-WHOLE, SECRET = "whole.h5", "secret.h5"
-
-
-@dataclass
-class Server:
-    """A folder over HTTP, with byte ranges, and the bytes that it has sent."""
-
-    url: str
-    folder: Path
-    sent: list[int] = field(default_factory=list)
-
-
-def make_handler(folder: Path, sent: list[int]) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *arguments: object) -> None:
-            """Print nothing."""
-
-        def do_HEAD(self) -> None:
-            self._answer(with_body=False)
-
-        def do_GET(self) -> None:
-            self._answer(with_body=True)
-
-        def _answer(self, *, with_body: bool) -> None:
-            name = self.path.strip("/")
-            path = folder / name
-            if name == SECRET and self.headers.get("Authorization") != "me":
-                self.send_error(401)
-                return
-            if not path.exists():
-                self.send_error(404)
-                return
-            body, span = path.read_bytes(), self.headers.get("Range")
-            if span is None or name == WHOLE:
-                self.send_response(200)
-            else:
-                start, _, last = span.removeprefix("bytes=").partition("-")
-                stop = int(last) + 1 if last else len(body)
-                self.send_response(206)
-                self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(body)}")
-                body = body[int(start) : stop]
-            if name != WHOLE:
-                self.send_header("Accept-Ranges", "bytes")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            if with_body:
-                sent.append(len(body))
-                self.wfile.write(body)
-
-    return Handler
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder, sent = tmp_path_factory.mktemp("served"), list[int]()
+    folder = tmp_path_factory.mktemp("served")
     torch.manual_seed(0)
     layer = nn.GRU(8, 256)
     with grutrace.trace(layer, folder / "run.h5"):
@@ -99,13 +45,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     shards = sorted(folder.glob("part.rank*.h5"))
     merge_shards(shards, folder / "merged.h5")
     merge_shards(shards, folder / "copied.h5", copy=True)
-    web = ThreadingHTTPServer(("127.0.0.1", 0), make_handler(folder, sent))
-    thread = threading.Thread(target=web.serve_forever)
-    thread.start()
-    yield Server(f"http://127.0.0.1:{web.server_port}/", folder, sent)
-    web.shutdown()
-    web.server_close()
-    thread.join()
+    with serve(folder) as running:
+        yield running
 
 
 def client(code: str, *arguments: str) -> object:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from grutrace.errors import GrutraceError, OptionError, TraceFileError, as_path, suggest_name
+from grutrace.storage.hdf5.remote import is_url
 from grutrace.storage.open import open_trace
 from grutrace.storage.read.trace import Trace
 from grutrace.storage.shards.open_files import is_glob, matching_files
@@ -31,11 +32,11 @@ class Run:
 
     Attributes:
         name: Name of the run in the view.
-        paths: Path of the file, or paths of the shards.
+        paths: Path or URL of the file, or paths of the shards.
     """
 
     name: str
-    paths: tuple[Path, ...]
+    paths: tuple[Path | str, ...]
     _trace: Trace | None = None
     _next_refresh: float = 0.0
 
@@ -119,8 +120,9 @@ def find_runs(
     """Return the runs at these paths.
 
     Args:
-        paths: A trace file, a glob, a folder, an open trace, or several of these. Shards whose
-            names differ only in the rank are one run. A folder stands for the trace files in it.
+        paths: A trace file or its URL, a glob, a folder, an open trace, or several of these. Shards
+            whose names differ only in the rank are one run. A folder stands for the trace files in
+            it.
 
     Raises:
         OptionError: There is no path.
@@ -129,11 +131,14 @@ def find_runs(
     """
     if isinstance(paths, (str, os.PathLike, Trace)):
         paths = [paths]
-    groups: dict[str, list[Path]] = {}
+    groups: dict[str, list[Path | str]] = {}
     traces: list[Trace] = []
     for path in paths:
         if isinstance(path, Trace):
             traces.append(path)
+            continue
+        if isinstance(path, str) and is_url(path):
+            groups[path] = [path]
             continue
         for file in _files(as_path(path)):
             shard = _SHARD.match(file.stem)
