@@ -133,7 +133,10 @@ ALLOWED = {
     "view/report": {
         *("storage/read", "storage/open", "view/plots", "view/picture_files", *ANALYSES),
     },
-    "view/live": {"storage/interfaces", "storage/read", "storage/shards", "storage/open"},
+    "view/live": {
+        *("storage/hdf5", "storage/interfaces", "storage/read"),
+        *("storage/shards", "storage/open"),
+    },
     "run": {
         *("storage/hdf5", "storage/shards", "capture/options", "capture/kernel_calls"),
         *("capture/selection", "capture/recording", "capture/tracer_warnings"),

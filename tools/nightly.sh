@@ -11,7 +11,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-steps=(memory uncompiled soak hostile literature benchmark frameworks browser matrix)
+steps=(memory uncompiled soak hostile literature benchmark frameworks browser s3 packages matrix)
 
 # Tests with freed memory overwritten: a tensor or array that outlives its buffer has wrong values.
 step_memory() {
@@ -34,6 +34,17 @@ step_browser() {
     pip install --quiet -c constraints.txt -e ".[test,browser]" &&
         GRUTRACE_REQUIRE_PACKAGES=1 python -m pytest -q tests/view/live \
             tests/benchmarks/test_live_view_benchmark.py
+}
+
+# Traces in an object store, which moto simulates.
+step_s3() {
+    pip install --quiet -c constraints.txt -e ".[test,s3-server]" &&
+        GRUTRACE_REQUIRE_PACKAGES=1 python -m pytest -q tests/storage/hdf5/test_s3.py
+}
+
+# Packages for an index: built, checked, and installed in empty environments.
+step_packages() {
+    bash tools/packages.sh
 }
 
 # Killed processes, failing disks, power loss, and readers of growing files.
