@@ -99,3 +99,18 @@ def test_the_source_distribution_has_every_file_of_the_repository(checkout: Path
 def test_the_citation_has_the_version() -> None:
     citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     assert f"\nversion: {grutrace.__version__}\n" in citation
+
+
+def test_the_conda_recipe_has_the_version_and_the_requirements() -> None:
+    yaml = pytest.importorskip("yaml", reason="PyYAML is not installed: pip install PyYAML")
+    tomllib = pytest.importorskip("tomllib", reason="Python is older than 3.11")
+    recipe = yaml.safe_load((ROOT / "tools" / "conda_recipe.yaml").read_text(encoding="utf-8"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert recipe["context"]["version"] == grutrace.__version__
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["cli"]]
+    names = {"torch": "pytorch"}
+    expected = {
+        f"{names.get(name, name)} {versions}"
+        for name, versions in (re.fullmatch(r"([a-z0-9]+)(.+)", line).groups() for line in wanted)
+    }
+    assert set(recipe["requirements"]["run"]) == {"python", *expected}
