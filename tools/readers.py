@@ -120,7 +120,7 @@ def named_types() -> Iterator[None]:
         found = np.dtype(dtype or getattr(data, "dtype", None))
         if found.names:
             # An upper case letter, so that types come before the datasets.
-            type_name = f"Type_{found.names[0]}"
+            type_name = f"Type_{'_'.join(found.names)}"
             if type_name not in group.file:
                 group.file[type_name] = found
             dtype = group.file[type_name]
