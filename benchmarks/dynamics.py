@@ -20,6 +20,8 @@ import grutrace
 from benchmarks.figures import Figure, Target, measured
 from benchmarks.pairs import ratio
 from grutrace.analysis import SiteArrays, fixed_points, lyapunov
+from grutrace.analysis.dynamics.fixed_points import sorted_eigenvalues
+from grutrace.analysis.dynamics.gru_map import GRUMap
 from grutrace.records import DEFAULT_RECORD, Array
 from grutrace.storage.read.site import SiteTrace
 
@@ -101,14 +103,20 @@ def compare(
         points = find()
         times.append(time.perf_counter() - began)
     ours, median = float(np.median(times)), float(np.median(np.repeat(points.q, points.reached)))
-    yield Figure(name, ours, "s")
+    motion = GRUMap(dict(site.weights), np.zeros(cell.input_size)).motion(points.states, 1)
+    began = time.perf_counter()
+    sorted_eigenvalues(motion)
+    # Those of Adam's points are not computed.
+    search_alone = ours - (time.perf_counter() - began)
+    yield Figure(name, ours, "s", details={"without_eigenvalues": search_alone})
     yield Figure(f"{name}: median q", median)
     for kind, (rate, schedule, most) in SCHEDULES.items():
         began = time.perf_counter()
         theirs = minimize_with_adam(cell, states, rate, schedule, steps or most)
         took = time.perf_counter() - began
         q = float(np.median(speeds(cell, theirs).numpy()))
-        details = {"seconds": took, "median_q": q}
+        alone = search_alone / took
+        details = {"seconds": took, "median_q": q, "without_eigenvalues": alone}
         yield Figure(f"{name}, over Adam, {kind}", ours / took, "", Target(SEARCH), details=details)
         # Both are rounding where every start ends at a fixed point.
         share = median / q if q > 1e-12 else float(median > 1e-12)

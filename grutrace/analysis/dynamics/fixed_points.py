@@ -185,7 +185,7 @@ def fixed_points(
     minima = _search_between(step, minima, period)
     states, reached = _distinct(step, minima, bound, period, len(initial))
     moved = np.linalg.norm(motion(states).value, axis=1)
-    eigenvalues = _eigenvalues(motion(states))
+    eigenvalues = sorted_eigenvalues(motion(states))
     size = np.abs(eigenvalues)
     with np.errstate(divide="ignore"):
         timescale = period / np.abs(np.log(size[:, 0]))
@@ -325,8 +325,8 @@ def _smallest_periods(step: GRUMap, states: Array, period: int) -> Integers:
     return periods
 
 
-def _eigenvalues(motion: Linearization) -> Array:
-    """(P, H) eigenvalues of the map's Jacobians, by decreasing magnitude."""
+def sorted_eigenvalues(motion: Linearization) -> Array:
+    """Return the eigenvalues of the map's Jacobians, (P, H), by decreasing magnitude."""
 
     def of_states(rows: slice) -> Array:
         matrices = np.array([motion.matrix(row) for row in range(rows.start, rows.stop)])

@@ -28,7 +28,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from grutrace.analysis.dynamics.jacobian import REQUIRED, Factors, factors, require_all_units
+from grutrace.analysis.dynamics.jacobian import REQUIRED, factors, require_all_units
 from grutrace.analysis.engine.blas import single_blas_thread
 from grutrace.analysis.engine.map_reduce import reduce_sequences
 from grutrace.analysis.engine.result import Result
@@ -376,31 +376,29 @@ class _GrowthSums:
 
 
 def _multiply(recurrent: Array, step_factors: Sequence[Array], directions: Array) -> Array:
-    """Multiply directions, (B, k, H), by the Jacobians of steps with (T, B, H) factors."""
+    """Multiply directions, (B, k, H), by the Jacobians of steps, given the factors of `_padded`."""
     batch, count, size = directions.shape
     product = np.empty((batch * count, 3 * size))
     by_gate = product.reshape(batch, count, 3, size)
-    keeps, resets, updates, candidates = (factor[:, :, np.newaxis] for factor in step_factors)
-    for keep, *gates in zip(keeps, resets, updates, candidates, strict=True):
+    for keep, gates in zip(*step_factors, strict=True):
         # `matmul` of two matrices keeps the GIL.
         np.dot(directions.reshape(batch * count, size), recurrent, out=product)
-        directions = keep * directions
-        for gate, factor in enumerate(gates):
-            by_gate[:, :, gate] *= factor
-            directions += by_gate[:, :, gate]
+        directions = keep[:, np.newaxis] * directions
+        # One pass, in place of three products and three sums.
+        directions += np.einsum("bkgh,bgh->bkh", by_gate, gates)
     return directions
 
 
 def _padded(
     segments: Sequence[SequenceSegment], weights: Mapping[str, Array], size: int
-) -> Factors:
-    """Return the factors of all steps, zero-padded: (T, B, H) each."""
-    shape = len(segments[0]), len(segments), size
-    padded = Factors(*(np.zeros(shape) for _ in Factors._fields))
+) -> tuple[Array, Array]:
+    """Return the factors of all steps, zero-padded: (T, B, H) kept, (T, B, 3, H) through gates."""
+    shape = len(segments[0]), len(segments)
+    keeps, gates = np.zeros((*shape, size)), np.zeros((*shape, 3, size))
     for number, segment in enumerate(segments):
         assert segment.previous is not None
-        for target, factor in zip(
-            padded, factors(segment.values, segment.previous, weights), strict=True
-        ):
-            target[: len(segment), number] = factor
-    return padded
+        keep, *by_gate = factors(segment.values, segment.previous, weights)
+        keeps[: len(segment), number] = keep
+        for gate, factor in enumerate(by_gate):
+            gates[: len(segment), number, gate] = factor
+    return keeps, gates
