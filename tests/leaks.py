@@ -86,7 +86,8 @@ def open_files() -> set[tuple[str, str]]:
 
 
 def _lives(thread: threading.Thread) -> bool:
-    if not type(thread).__module__.startswith(THREADS):
+    # Before PyTorch 2.6, one of its compiler's has this name.
+    if not type(thread).__module__.startswith(THREADS) or "(_read_thread)" in thread.name:
         return False
     thread.join(PATIENCE)
     return thread.is_alive()

@@ -131,7 +131,9 @@ class Attachment:
     def _handle_compiled_code(self) -> None:
         """Make compiled code run as Python code if the options say so; else warn of its graphs."""
         if self._compiled == "eager" or (
-            self._compiled == "auto" and compiled_graphs.any_with_gru_kernel()
+            self._compiled == "auto"
+            and compiled_graphs.can_run_eagerly()
+            and compiled_graphs.any_with_gru_kernel()
         ):
             code = compiled_graphs.EagerCode()
             self._subscriptions.append(code)

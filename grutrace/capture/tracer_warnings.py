@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
+from grutrace.capture.kernel_calls.compiled_graphs import can_run_eagerly
 from grutrace.capture.kernel_calls.torch_context import dynamo_loaded
 from grutrace.capture.recording.journal import Finding, MarkedSequences, SkippedCallNotice
 from grutrace.capture.selection import SelectedModule
@@ -44,6 +45,12 @@ _COMPILED_GRAPH = (
     "torch.compile has made a graph that contains a GRU kernel: if it belongs to this model, its "
     "calls are not recorded. Pass compiled='eager', which runs compiled code as Python code while "
     "recording"
+)
+
+_GRAPHS_BEFORE_TORCH_2_6 = (
+    "torch.compile has made graphs: if one contains a GRU kernel and belongs to this model, its "
+    "calls are not recorded. Call the model itself instead of the compiled one, or use PyTorch 2.6 "
+    "or newer, which can run compiled code as Python code"
 )
 
 _GARBAGE_COLLECTED = (
@@ -106,7 +113,8 @@ class TracerWarnings:
 
     def compiled_graph(self) -> None:
         """Warn of a compiled graph that contains a GRU kernel, whose calls are not recorded."""
-        self.warn_once("compiled", _COMPILED_GRAPH)
+        message = _COMPILED_GRAPH if can_run_eagerly() else _GRAPHS_BEFORE_TORCH_2_6
+        self.warn_once("compiled", message)
 
     def replaced_module(self, path: str, kind: str) -> None:
         """Warn of a recorded layer that the model has replaced by a module of another kind."""

@@ -13,6 +13,7 @@ from torch._C import DispatchKey
 from torch.utils._pytree import tree_leaves
 
 import grutrace
+from grutrace.capture.kernel_calls.compiled_graphs import can_run_eagerly
 from tests.integration.models import Mixed, trace
 
 # What PyTorch says of itself.
@@ -70,6 +71,9 @@ def trained(model: nn.Module, x: torch.Tensor) -> Any:
 
 
 NEIGHBOURS = [scripted, compiled_whole, exported, gradients, swapped_weights, attention, trained]
+# Before PyTorch 2.6, it does not export an nn.GRU.
+if not can_run_eagerly():
+    NEIGHBOURS.remove(exported)
 
 
 def in_a_thread(run: Callable[[], Any]) -> Any:
@@ -92,7 +96,9 @@ def test_what_torch_resolves_while_recording_is_not_used_afterwards(batch) -> No
     operation = torch.ops.aten.gru_cell.default
     with trace(recorded):
         recorded(batch)
-        assert operation._get_dispatch(DispatchKey.AutogradCPU) is DispatchKey.AutogradCPU
+        key = DispatchKey.AutogradCPU
+        # PyTorch 2.4 does not resolve a key twice.
+        assert (operation._dispatch_cache.get(key) or operation._get_dispatch(key)) is key
     assert same(compiled_whole(other, batch), expected)
 
 

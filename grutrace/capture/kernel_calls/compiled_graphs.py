@@ -18,7 +18,7 @@ from grutrace.errors import UnsupportedError
 
 
 def any_with_gru_kernel() -> bool:
-    """Whether torch.compile has made a graph that contains a GRU kernel."""
+    """Whether torch.compile has made a graph that contains a GRU kernel, or may contain one."""
     if not dynamo_loaded():
         return False
     try:
@@ -27,8 +27,8 @@ def any_with_gru_kernel() -> bool:
         codes = [reference() for reference in tuple(convert_frame.input_codes.seen)]
         return any(_has_gru_kernel(code) for code in codes if code is not None)
     except (ImportError, AttributeError):
-        # Other PyTorch versions store this in another place.
-        return False
+        # Other PyTorch versions store this in another place: any graph may contain one.
+        return True
 
 
 #: By code object: the number of its graphs, and whether one of them contains a GRU kernel.
@@ -41,10 +41,17 @@ def _has_gru_kernel(code: CodeType) -> bool:
         return False
     known = _known.get(code)
     if known is None or known[0] != len(entries):
-        # The guards name every function in the graph.
-        has_kernel = any("gru" in str(entry.guard_manager).lower() for entry in entries)
+        # The guards name every function in the graph. Before PyTorch 2.5 they cannot be read, and
+        # the graph may contain one.
+        guards = [str(getattr(entry, "guard_manager", "gru")) for entry in entries]
+        has_kernel = any("gru" in text.lower() for text in guards)
         known = _known[code] = len(entries), has_kernel
     return known[1]
+
+
+def can_run_eagerly() -> bool:
+    """Whether this PyTorch can run compiled code as Python code. From 2.6 on."""
+    return hasattr(torch.compiler, "set_stance")
 
 
 class EagerCode:
@@ -59,10 +66,11 @@ class EagerCode:
         Raises:
             UnsupportedError: PyTorch is older than 2.6, which has no stance.
         """
-        if not hasattr(torch.compiler, "set_stance"):
+        if not can_run_eagerly():
             raise UnsupportedError(
-                "compiled='eager' needs PyTorch 2.6 or newer; found "
-                f"{torch.__version__}. Call the model itself instead of the compiled one"
+                "running compiled code as Python code (compiled='eager') needs PyTorch 2.6 or "
+                f"newer; found {torch.__version__}. Call the model itself instead of the compiled "
+                "one"
             )
         if not self._is_active:
             self._is_active = True
