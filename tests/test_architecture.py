@@ -137,6 +137,9 @@ ALLOWED = {
         *("storage/hdf5", "storage/interfaces", "storage/read"),
         *("storage/shards", "storage/open"),
     },
+    "integrations": {
+        *("statistics", "capture/options", "capture/selection", "capture/tracer"),
+    },
     "run": {
         *("storage/hdf5", "storage/shards", "capture/options", "capture/kernel_calls"),
         *("capture/selection", "capture/recording", "capture/tracer_warnings"),
@@ -180,7 +183,10 @@ LATE = {
 
 #: Libraries that only these parts may import.
 ONLY = {
-    "torch": {"gru", "conversion", "gradients", "capture", "intervention", "analysis", "run"},
+    "torch": {
+        *("gru", "conversion", "gradients", "capture", "intervention", "analysis", "run"),
+        "integrations",
+    },
     "h5py": {"storage", "statistics", "export"},
     "h5netcdf": {"export"},
     "zarr": {"export"},
@@ -192,6 +198,11 @@ ONLY = {
     "matplotlib": {"view"},
     "bokeh": {"view"},
     "tornado": {"view"},
+    "tensorboard": {"integrations"},
+    "wandb": {"integrations"},
+    "mlflow": {"integrations"},
+    "lightning": {"integrations"},
+    "transformers": {"integrations"},
 }
 
 #: For the type checker only.
@@ -301,6 +312,8 @@ def test_writing_and_reading_share_only_the_format_and_hdf5() -> None:
         ("analysis/labels", "import matplotlib"),
         ("storage/read", "from grutrace.view.live.engine import window"),
         ("cli", "import bokeh"),
+        ("statistics", "import tensorboard"),
+        ("integrations", "from grutrace.storage.read.trace import Trace"),
         ("distributed", "import torch.distributed"),
         ("distributed", "from grutrace.records import Header"),
         ("errors", "def f():\n    import grutrace.records"),

@@ -15,8 +15,11 @@ import pytest
 
 import grutrace
 
-#: `grutrace.run.boot` changes the interpreter when it is imported.
-NOT_IMPORTED = ("grutrace.__main__", "grutrace.run.boot")
+#: `grutrace.run.boot` changes the interpreter when it is imported. The callbacks need a library.
+NOT_IMPORTED = (
+    *("grutrace.__main__", "grutrace.run.boot"),
+    *("grutrace.integrations.lightning", "grutrace.integrations.huggingface"),
+)
 
 MODULES = sorted(
     module.name

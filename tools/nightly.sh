@@ -11,7 +11,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-steps=(memory uncompiled soak hostile literature benchmark frameworks browser s3 packages matrix)
+steps=(memory uncompiled soak hostile literature benchmark frameworks browser integrations s3 packages matrix)
 
 # Tests with freed memory overwritten: a tensor or array that outlives its buffer has wrong values.
 step_memory() {
@@ -45,6 +45,12 @@ step_s3() {
 # Packages for an index: built, checked, and installed in empty environments.
 step_packages() {
     bash tools/packages.sh
+}
+
+# Logs and callbacks with the libraries themselves.
+step_integrations() {
+    pip install --quiet -e ".[test,integrations]" &&
+        GRUTRACE_REQUIRE_PACKAGES=1 python -m pytest -q tests/integrations
 }
 
 # Killed processes, failing disks, power loss, and readers of growing files.

@@ -132,9 +132,9 @@ class Options:
             raise OptionError(
                 "checksums: expected False without a path, because there is no file; found True"
             )
-        self.every = _positive_integer("every", every)
-        self.max_calls = None if max_calls is None else _positive_integer("max_calls", max_calls)
-        self.max_bytes = None if max_bytes is None else _positive_integer("max_bytes", max_bytes)
+        self.every = positive_integer("every", every)
+        self.max_calls = None if max_calls is None else positive_integer("max_calls", max_calls)
+        self.max_bytes = None if max_bytes is None else positive_integer("max_bytes", max_bytes)
         self.state_memory = byte_count("state_memory", state_memory)
         self.buffer = byte_count("buffer", buffer)
         self.dtype = None if dtype is None else _storage_dtype(dtype)
@@ -272,7 +272,12 @@ def integer(option: str, value: object, expected: str) -> int:
         raise OptionError(f"{option}: expected {expected}, found {short_repr(value)}") from None
 
 
-def _positive_integer(option: str, value: object) -> int:
+def positive_integer(option: str, value: object) -> int:
+    """Return an integer from 1, of any type, as a Python int.
+
+    Raises:
+        OptionError: The value is not such a number.
+    """
     expected = "a whole number from 1"
     number = integer(option, value, expected)
     if number < 1:
