@@ -102,7 +102,7 @@ class ModelRecorder:
         # Batches that can still be annotated: `clear` empties them, too.
         self._all_batches: weakref.WeakSet[RecordedBatches] = weakref.WeakSet()
         self._called: set[int] = set()
-        self._has_recorded = self._is_closed = False
+        self._has_recorded = self._is_closed = self._is_paused = False
         self._process = os.getpid()
         self._attachment = Attachment(
             model,
@@ -128,7 +128,7 @@ class ModelRecorder:
     @property
     def is_recording(self) -> bool:
         """Whether calls of the model are being recorded."""
-        return self._attachment.is_active and not self._has_stopped
+        return self._attachment.is_active and not (self._has_stopped or self._is_paused)
 
     @property
     def _has_stopped(self) -> bool:
@@ -165,10 +165,31 @@ class ModelRecorder:
             self._is_started = True
             self._attach()
 
+    def pause(self) -> None:
+        """Leave out calls until `resume`. Nothing is drained, and the subscriptions stay."""
+        self._is_paused = True
+
+    def resume(self, tag: str | None = None) -> None:
+        """Record calls again after `pause`, or start.
+
+        Args:
+            tag: A name for the calls from now on.
+
+        Raises:
+            OptionError: The tag is not a text.
+            StateError: The recorder is closed.
+        """
+        if not self._attachment.is_active:
+            self.start(tag)
+            return
+        _require_tag(tag)
+        with self._lock:
+            self._tag, self._is_paused = tag, False
+
     def stop(self) -> None:
         """Stop recording, in all recording blocks."""
         with self._lock:
-            self._is_started = False
+            self._is_started = self._is_paused = False
             self._blocks.clear()
             self._attachment.stop()
             self.journal.end_logging()
@@ -221,6 +242,7 @@ class ModelRecorder:
         """Subscribe to the calls of all recorded modules, whose weights may have changed."""
         self.drain(keep_waiting=True)
         self._expect_changes()
+        self._is_paused = False
         # Reaching the limit never stops the user's run.
         if self._attachment.is_active or self._limits.reached:
             return
@@ -237,6 +259,9 @@ class ModelRecorder:
 
     def should_record(self, index: int) -> bool:
         """Whether to record the current call of a module. Called once per call."""
+        if self._is_paused:
+            self._note_skipped_call(index)
+            return False
         if not self._limits.reached:
             is_chosen = next(self._call_counters[index]) % self._options.every == 0
             if not is_chosen:

@@ -257,6 +257,39 @@ class Tracer(Trace):
         """Stop recording, in all recording blocks. The trace stays open."""
         self._recorder.stop()
 
+    def pause(self) -> None:
+        """Leave out calls until `resume`: between the batches of a training, for example.
+
+        `stop` and `start` do the same, but record at once what waits, and look at all weights. For
+        a tracer that was started, not within a `recording` block.
+        """
+        self._recorder.pause()
+
+    def resume(self, tag: str | None = None) -> None:
+        """Record calls again after `pause`; start if recording has not started.
+
+        Examples:
+            >>> import torch
+            >>> import grutrace
+            >>> model = torch.nn.GRU(4, 3)
+            >>> with grutrace.Tracer(model, recording=False) as tracer:
+            ...     for step in range(3):
+            ...         tracer.resume(tag=f"train step={step}")
+            ...         output, final = model(torch.randn(5, 2, 4))
+            ...         tracer.pause()
+            ...         output, final = model(torch.randn(5, 2, 4))
+            >>> tracer.calls["tag"].tolist()
+            ['train step=0', 'train step=1', 'train step=2']
+
+        Args:
+            tag: A name for the calls from now on.
+
+        Raises:
+            OptionError: The tag is not a text.
+            StateError: The tracer is closed.
+        """
+        self._recorder.resume(tag)
+
     @reject_unknown_options
     @contextmanager
     def recording(

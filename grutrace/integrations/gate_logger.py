@@ -188,7 +188,7 @@ class GateLogger:
             self._set_aside()
             self._tag = tag
         where = f" step={step}" if epoch is None else f" epoch={epoch} step={step}"
-        self._tracer.start(f"{tag}{where}")
+        self._tracer.resume(f"{tag}{where}")
 
     def end(self, step: int | None = None) -> None:
         """End a batch: what the model does from now on is not recorded.
@@ -197,7 +197,7 @@ class GateLogger:
             step: The step of the logs, if it has changed since the batch began.
         """
         if self._tracer is not None and self._tracer.is_recording:
-            self._tracer.stop()
+            self._tracer.pause()
         if step is not None and self._batch_tag is not None:
             self._steps[self._batch_tag] = step
         self._batch_tag = None
