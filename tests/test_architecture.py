@@ -135,7 +135,7 @@ ALLOWED = {
     },
     "view/live": {
         *("storage/hdf5", "storage/interfaces", "storage/read"),
-        *("storage/shards", "storage/open"),
+        *("storage/shards", "storage/open", "view/report"),
     },
     "integrations": {
         *("statistics", "capture/options", "capture/selection", "capture/tracer"),

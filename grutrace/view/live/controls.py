@@ -53,6 +53,9 @@ class Controls:
         self.next = models.Button(label="\N{RIGHTWARDS ARROW}", width=34, align="end")
         self.whole = models.Button(label="Whole file", width=90, align="end", name="whole")
         self.follow = models.Toggle(label="Follow", width=70, align="end")
+        self.report = models.Div(
+            text="", name="report", align="end", styles={"font": "13px system-ui, sans-serif"}
+        )
         self.status = text(name="status")
         self.pointer = text(name="pointer", colour="#111111", height=22)
         self.problem = text(name="problem", colour="#b2182b", visible=False)
@@ -89,7 +92,7 @@ class Controls:
             [
                 *(self.run, self.beside, self.site_filter, self.site, self.quantity),
                 *(self.statistic, self.order, self.select, self.sequence, self.previous, self.next),
-                *(self.whole, self.follow),
+                *(self.whole, self.follow, self.report),
             ],
             sizing_mode="stretch_width",
             styles=wrap,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import time
 
 from bokeh import events, models
@@ -17,6 +18,7 @@ from grutrace.view.live.engine.site_view import SiteView, first_quantity
 from grutrace.view.live.engine.window import Span
 from grutrace.view.live.listeners import Listeners
 from grutrace.view.live.picture import Picture, inner_size
+from grutrace.view.live.run_report import report_link
 from grutrace.view.live.stretch_panel import StretchPanel
 from grutrace.view.live.token_strip import MIN_STEP, TokenStrip
 from grutrace.view.live.unit_lines import UnitLines
@@ -211,6 +213,10 @@ class Page:
             middle = 0.5 if (low, high) in ((0, 1), (-1, 1)) else round((low + 3 * high) / 4, 6)
             self._listeners.set(widgets.threshold, start=low, end=high, step=step, value=middle)
         widgets.follow.visible = not trace.closed
+        # Quoted for an address, no part of a name can be markup.
+        target = html.escape(report_link(run.name, select))
+        widgets.report.text = f'<a href="{target}" target="_blank" rel="noopener">Report</a>'
+        widgets.report.visible = bool(run.paths)
 
     def _offer_sites(self, sites: tuple[str, ...], chosen: str) -> None:
         widgets = self._widgets

@@ -99,7 +99,7 @@ def view(
     try:
         # What bokeh prepares for its first page is ready before the browser asks.
         Page(Document(), runs).start()
-        server = LiveServer(lambda document: Page(document, runs).start(), port)
+        server = LiveServer(lambda document: Page(document, runs).start(), runs, port)
     except BaseException:
         runs.close()
         raise

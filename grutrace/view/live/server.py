@@ -31,6 +31,9 @@ from tornado.routing import Router
 from tornado.web import Application, RequestHandler
 
 from grutrace.errors import OptionError, StateError
+from grutrace.view.live.engine.runs import Runs
+from grutrace.view.live.run_report import PATH as REPORT_PATH
+from grutrace.view.live.run_report import ReportHandler, Reports
 
 #: The address of the server: this machine.
 ADDRESS = "127.0.0.1"
@@ -41,8 +44,8 @@ HOSTS = (ADDRESS, "localhost")
 #: Bytes of randomness in the token of an address.
 TOKEN_BYTES = 32
 
-#: Paths below the token that are served: the page, its connection, and scripts of bokeh.
-_SERVED = re.compile(r"/?|/ws|/static/js/[\w.-]+")
+#: Paths below the token that are served: the page, its connection, reports, and scripts of bokeh.
+_SERVED = re.compile(rf"/?|/ws|{REPORT_PATH}|/static/js/[\w.-]+")
 
 #: Largest message that a page may send. Bytes.
 MAX_MESSAGE = 1024 * 1024
@@ -88,6 +91,10 @@ class _Refusal(_SafeHeaders):
         self.finish("refused\n")
 
 
+class _Report(_SafeHeaders, ReportHandler):
+    """Answers with a report, with the same headers."""
+
+
 def _no_log(handler: RequestHandler) -> None:
     """Log no request: its address has the token."""
 
@@ -97,6 +104,7 @@ class Guard(Router):
 
     Args:
         make_page: Fills the document of a page that is opened.
+        reports: Makes reports.
         token: The token in the address.
         port: Port of the server.
 
@@ -104,8 +112,10 @@ class Guard(Router):
         application: The application of bokeh.
     """
 
-    def __init__(self, make_page: Callable[[Document], None], token: str, port: int) -> None:
-        self._token = token
+    def __init__(
+        self, make_page: Callable[[Document], None], reports: Reports, token: str, port: int
+    ) -> None:
+        self._reports, self._token = reports, token
         self._hosts = {f"{host}:{port}" for host in HOSTS}
         self._refusals = Application([], log_function=_no_log)
         self.application = BokehTornado(
@@ -149,6 +159,8 @@ class Guard(Router):
         status = self.refusal(request)
         if status is not None:
             return self._refusals.get_handler_delegate(request, _Refusal, {"status": status})
+        if request.path == f"/{self._token}{REPORT_PATH}":
+            return self._refusals.get_handler_delegate(request, _Report, {"reports": self._reports})
         handler: HTTPMessageDelegate = self.application.find_handler(request, **kwargs)
         return handler
 
@@ -188,6 +200,7 @@ class LiveServer:
 
     Args:
         make_page: Fills the document of a page that is opened.
+        runs: The runs that reports are about.
         port: The port; 0 for any free one.
 
     Attributes:
@@ -199,13 +212,13 @@ class LiveServer:
         StateError: The port is in use.
     """
 
-    def __init__(self, make_page: Callable[[Document], None], port: int = 0) -> None:
+    def __init__(self, make_page: Callable[[Document], None], runs: Runs, port: int = 0) -> None:
         if isinstance(port, bool) or not isinstance(port, int) or not 0 <= port <= 65535:
             raise OptionError(f"port: expected a number from 0 to 65535; found {port!r}")
         self._socket = _listen(port)
         self.port: int = self._socket.getsockname()[1]
         self.token = secrets.token_urlsafe(TOKEN_BYTES)
-        self._make_page = make_page
+        self._make_page, self._reports = make_page, Reports(runs)
         self._started = threading.Event()
         self._loop: IOLoop | None = None
         self._failure: BaseException | None = None
@@ -224,7 +237,7 @@ class LiveServer:
         asyncio.set_event_loop(asyncio.new_event_loop())
         loop = IOLoop.current()
         try:
-            guard = Guard(self._make_page, self.token, self.port)
+            guard = Guard(self._make_page, self._reports, self.token, self.port)
             http_server = HTTPServer(guard)
             http_server.add_socket(self._socket)
             server = BaseServer(loop, guard.application, http_server)
@@ -241,6 +254,7 @@ class LiveServer:
             loop.start()
         server.stop()
         http_server.stop()
+        loop.run_sync(asyncio.get_event_loop().shutdown_default_executor)
         loop.run_sync(http_server.close_all_connections, timeout=5)
         loop.close(all_fds=True)
 
@@ -248,6 +262,7 @@ class LiveServer:
         """Close all pages, and stop. Closing twice has no effect."""
         loop, self._loop = self._loop, None
         if loop is not None:
+            self._reports.close()
             loop.add_callback(loop.stop)
             self._thread.join()
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from urllib.parse import parse_qs
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -207,3 +208,23 @@ def test_a_page_that_is_closed_costs_nothing(runs: Runs, monkeypatch: pytest.Mon
     shown.document.session_context.session.connection_count = 1
     shown.work()
     assert "in all" in shown["progress"].text
+
+
+def test_the_link_to_the_report_has_the_run_and_the_selection(tmp_path: Path) -> None:
+    name = 'a"><b>&run=x.h5'
+    record_brackets(tmp_path / name, sentences=5)
+    runs = find_runs(tmp_path / name)
+    page = ShownPage(runs, "select=sequences%3D0%3A2")
+    anchor = ElementTree.fromstring(page["report"].text)
+    assert [anchor.tag, anchor.text, list(anchor)] == ["a", "Report", []]
+    path, _, query = anchor.attrib["href"].partition("?")
+    assert path == "./report"
+    assert parse_qs(query) == {"run": [name], "select": ["sequences=0:2"]}
+    runs.close()
+
+
+def test_a_trace_in_memory_has_no_link_to_a_report() -> None:
+    layer = nn.GRU(2, 3)
+    with grutrace.trace(layer) as trace:
+        layer(torch.randn(5, 2))
+    assert not ShownPage(find_runs(trace))["report"].visible

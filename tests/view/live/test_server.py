@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import http.client
 import re
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ from tornado.websocket import websocket_connect
 
 import grutrace
 from grutrace.errors import OptionError, StateError, TraceFileError
+from grutrace.view.live import run_report
 from grutrace.view.live.serve import LiveView, view
 from tests.view.live.planted import record_brackets
 
@@ -47,7 +51,7 @@ def address(live: LiveView) -> tuple[int, str]:
 
 def get(live: LiveView, path: str, **headers: str) -> tuple[int, bytes, Any]:
     port, _ = address(live)
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
     headers = {name.replace("_", "-"): value for name, value in headers.items()}
     connection.request("GET", path, headers=headers)
     response = connection.getresponse()
@@ -241,3 +245,86 @@ def test_it_is_a_name_of_the_package(trace_file: Path, monkeypatch: pytest.Monke
     with grutrace.view(trace_file) as live:
         assert opened == [live.url]
         assert repr(live) == f"<live view at {live.url}>"
+
+
+def test_a_report_is_that_of_the_trace(live: LiveView, trace_file: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="needs the extra plot")
+    _, token = address(live)
+    status, body, headers = get(live, f"/{token}/report?run={trace_file.name}")
+    assert status == 200
+    assert headers["Content-Type"].startswith("text/html")
+    assert "default-src 'none'" in headers["Content-Security-Policy"]
+    grutrace.report(trace_file, tmp_path / "report.html")
+    assert findings(body.decode()) == findings((tmp_path / "report.html").read_text("utf-8"))
+
+
+def test_a_report_of_selected_sequences(live: LiveView, trace_file: Path) -> None:
+    pytest.importorskip("matplotlib", reason="needs the extra plot")
+    _, token = address(live)
+    status, body, _ = get(live, f"/{token}/report?run={trace_file.name}&select=sequences%3D0%3A2")
+    assert status == 200
+    assert "Only sequences with sequences=0:2" in body.decode()
+
+
+@pytest.mark.parametrize(
+    ("query", "said"),
+    [
+        ("?run=other.h5", b"run: expected one of the runs of this view; found 'other.h5'"),
+        ("?run=../run.h5", b"found '../run.h5'"),
+        ("?select=nonsense", b"select: expected conditions such as"),
+        ("?select=nolabel%3D%3Cb%3E", b"nolabel"),
+    ],
+)
+def test_a_report_that_cannot_be_made_is_one_line_of_text(
+    live: LiveView, query: str, said: bytes
+) -> None:
+    _, token = address(live)
+    status, body, headers = get(live, f"/{token}/report{query}")
+    assert status == 400
+    assert said in body
+    assert headers["Content-Type"] == "text/plain; charset=utf-8"
+
+
+def test_a_report_needs_the_token_and_the_host(live: LiveView) -> None:
+    port, token = address(live)
+    assert get(live, "/report")[0] == 404
+    assert get(live, f"/{'A' * len(token)}/report")[0] == 404
+    assert get(live, f"/{token}/report", Host=f"evil.example:{port}")[0] == 403
+    assert (
+        get(live, f"/{token}/report", Sec_Fetch_Site="cross-site", Sec_Fetch_Dest="iframe")[0]
+        == 403
+    )
+    assert get(live, f"/{token}/report/../page")[0] in (403, 404)
+
+
+def findings(page: str) -> list[str]:
+    """The topics and states of the findings of a report, in order."""
+    return re.findall(r'<li><a href="#finding-\d+">([^<]*)', page)
+
+
+def test_a_view_that_closes_ends_its_report(trace_file: Path, monkeypatch) -> None:
+    """Without waiting for all parts of it."""
+    parts, begun = [], threading.Event()
+
+    def make(trace: Any, progress: Any) -> str:
+        for part in range(600):
+            parts.append(part)
+            begun.set()
+            time.sleep(0.1)
+            progress(part, 600)
+        return "never"
+
+    monkeypatch.setattr(run_report, "make_report", make)
+    live = view(trace_file, browser=False)
+    _, token = address(live)
+    client = threading.Thread(target=get_refused, args=(live, f"/{token}/report"))
+    client.start()
+    begun.wait()
+    live.close()
+    client.join()
+    assert len(parts) < 100
+
+
+def get_refused(live: LiveView, path: str) -> None:
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        get(live, path)

@@ -16,17 +16,18 @@ from grutrace.storage.read.site import SiteTrace
 NUMBERS = ("length", "calls", "sequences")
 
 
-def parse_selection(text: str) -> Criteria:
+def parse_conditions(text: str) -> dict[str, Any]:
     """Parse conditions, such as ``tag=valid; length=10:; pos=noun; tokens=the a*``.
 
-    The conditions are those of `Trace.select`. Any other name is that of a label.
+    Returns:
+        The arguments of `Trace.select`. Any other name is that of a label.
 
     Raises:
         OptionError: The text is something else.
 
     Examples:
-        >>> str(parse_selection("tag=valid; length=10:; pos=noun"))
-        'tag=valid, label pos=noun, length=10:'
+        >>> parse_conditions("tag=valid; length=10:; pos=noun")
+        {'tag': 'valid', 'length': slice(10, None, None), 'label': {'pos': 'noun'}}
     """
     conditions: dict[str, Any] = {}
     labels: dict[str, str] = {}
@@ -43,7 +44,20 @@ def parse_selection(text: str) -> Criteria:
             conditions[name] = value
         else:
             labels[name.removeprefix("label ")] = value
-    return Criteria.parse(**conditions, label=labels or None)
+    return conditions | ({"label": labels} if labels else {})
+
+
+def parse_selection(text: str) -> Criteria:
+    """Parse the same conditions into criteria.
+
+    Raises:
+        OptionError: The text is something else.
+
+    Examples:
+        >>> str(parse_selection("tag=valid; length=10:; pos=noun"))
+        'tag=valid, label pos=noun, length=10:'
+    """
+    return Criteria.parse(**parse_conditions(text))
 
 
 def selected_sequences(site: SiteTrace, text: str) -> Integers | None:
