@@ -36,6 +36,8 @@ def figures() -> Iterator[Figure]:
             with held:
                 result = ratio(_repeated(loops.scripted(), workload), workload.run, limit=1.0)
             yield measured(name, result, TARGET)
+            if workload.kind == "one step":
+                yield _from_other_state(workload, held)
             both = _both(workload.run, _repeated(loops.loop, workload))
             name = f"a function, {workload.name}, over the layer and a loop"
             halved = grutrace.intervene(workload.model, "l0", update=lambda gate, _: gate * 0.5)
@@ -58,6 +60,24 @@ def figures() -> Iterator[Figure]:
             train(lambda: layer(input)[0])
 
         yield _figure(name, base, other, held)
+
+
+def _from_other_state(workload: Workload, held: Any) -> Figure:
+    """Measure calls that do not start from zeros, whose products are those of one row."""
+    layer, (input, hidden, *weights) = cast(nn.GRU, workload.model), _arguments(workload)
+    state, loop = torch.randn_like(hidden), loops.scripted()
+
+    def base() -> None:
+        for _ in range(workload.calls):
+            loop(input, state, *weights)
+
+    def run() -> None:
+        for _ in range(workload.calls):
+            layer(input, state.unsqueeze(0))
+
+    name = f"held from step 0, {workload.name}, not from zeros, over the scripted loop"
+    with held:
+        return measured(name, ratio(base, run, limit=1.0), TARGET)
 
 
 def _figure(

@@ -21,6 +21,9 @@ from grutrace.intervention.values import Constant
 from grutrace.native.library import HeldStep, load
 from grutrace.records import DEFAULT_RECORD
 
+#: Multiplications of a step, for each gate, from which it is worth looking for states of zeros.
+MIN_PRODUCT = 1 << 17
+
 
 class _Held(NamedTuple):
     """What is held at some steps.
@@ -81,6 +84,7 @@ def run_held_steps(run: DirectionRun) -> DirectionResult:
     block.batch = len(state)
     varies = any(one.setting.steps is not None for one in bound)
     applied = (True,) * len(bound)
+    from_zeros = not run.start and _is_large_product_of_zeros(state)
     for time in order.times[run.start :]:
         if sizes[time] != len(state_rows):
             state_rows, product_rows = state[: sizes[time]], product[: sizes[time]]
@@ -92,10 +96,15 @@ def run_held_steps(run: DirectionRun) -> DirectionResult:
             if applied not in held:
                 held[applied] = _held_at(bound, applied, size)
             _point_to(block, held[applied])
+        # Rows of zeros have the same product.
+        rows = 1 if from_zeros else len(state_rows)
         if bias is None:
-            torch.mm(state_rows, weight, out=product_rows)
+            torch.mm(state_rows[:rows], weight, out=product_rows[:rows])
         else:
-            torch.addmm(bias, state_rows, weight, out=product_rows)
+            torch.addmm(bias, state_rows[:rows], weight, out=product_rows[:rows])
+        if from_zeros:
+            product_rows[1:] = product_rows[0]
+            from_zeros = False
         previous = state_rows.clone() if run.keep_gates else None
         row = starts[time]
         library.held_step(
@@ -104,6 +113,13 @@ def run_held_steps(run: DirectionRun) -> DirectionResult:
         if previous is not None:
             gates[time] = _step_gates(product_rows, previous)
     return DirectionResult(output, state, gates)
+
+
+def _is_large_product_of_zeros(state: Tensor) -> bool:
+    """Whether all states, (b, H), are 0, and their product takes much longer than that of one."""
+    if len(state) == 1 or state.numel() * state.shape[-1] < MIN_PRODUCT:
+        return False
+    return float(state.abs().max()) == 0.0
 
 
 def _row_starts(sizes: Sequence[int]) -> list[int]:

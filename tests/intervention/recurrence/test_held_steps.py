@@ -79,6 +79,45 @@ def test_against_a_loop(
     assert np.allclose(final.numpy(), last, rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("start", ["zeros", "one sequence", "others"])
+@pytest.mark.parametrize("steps", [None, slice(1, None)])
+def test_a_step_from_zeros_multiplies_one_row(
+    steps: Any, start: str, bias: bool, instruction_set: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    layer, x = nn.GRU(4, 16, bias=bias), torch.randn(3, 5, 4)
+    initial = torch.zeros(1, 5, 16) if start != "others" else torch.randn(1, 5, 16)
+    if start == "one sequence":
+        initial[0, 4, 15] = 1e-30
+    rows: list[int] = []
+    name = "addmm" if bias else "mm"
+    product = getattr(torch, name)
+
+    def spy(*tensors: Any, out: Any) -> Any:
+        rows.append(len(out))
+        return product(*tensors, out=out)
+
+    def run() -> Any:
+        rows.clear()
+        with torch.no_grad(), grutrace.intervene(layer, "l0", update=0.2, units=1, steps=steps):
+            return layer(x, initial)
+
+    # The rows of a product have other last digits if there are others beside them, except zeros.
+    expected = run()
+    monkeypatch.setattr(held_steps, "MIN_PRODUCT", 1)
+    monkeypatch.setattr(torch, name, spy)
+    output = run()
+    is_short = start == "zeros" and steps is None and instruction_set != "none"
+    first = 1 if is_short else 5
+    assert rows == [first, *([5] * (2 if steps is None else 1))]
+    assert all(torch.equal(a, b) for a, b in zip(output, expected, strict=True))
+    # A weight that is not finite makes the product of zeros NaN, as in the kernel.
+    with torch.no_grad():
+        layer.weight_hh_l0[3, 0] = torch.inf
+        assert torch.equal(run()[0].isnan(), layer(x, initial)[0].isnan())
+
+
 def test_a_trace_changes_no_bit(instruction_set: str) -> None:
     torch.manual_seed(0)
     layer, x = nn.GRU(4, 37), torch.randn(6, 3, 4)
