@@ -93,7 +93,7 @@ def select_units(units: Numbers | None, size: int, site: str) -> tuple[int, ...]
                 )
         numbers = [number % size for number in numbers]
     if not numbers or len(set(numbers)) < len(numbers):
-        raise OptionError(f"units: expected different units, found {short_repr(units)}")
+        raise OptionError(f"units: expected one or more different units, found {short_repr(units)}")
     return None if numbers == list(range(size)) else tuple(numbers)
 
 

@@ -18,7 +18,7 @@ from grutrace.intervention.selection import (
     select_sequences,
     select_units,
 )
-from grutrace.intervention.values import Align, Tokens, Value, Values, make_value
+from grutrace.intervention.values import Align, Recorded, Tokens, Value, Values, make_value
 from grutrace.records import GATES
 
 #: Quantities that can be set, in the order in which a step computes them.
@@ -137,6 +137,12 @@ def make_settings(
                     checked_tokens,
                 )
                 found.setdefault(index, []).append(setting)
+    values = [setting.value for settings in found.values() for setting in settings]
+    if align == "token" and not any(isinstance(value, Recorded) for value in values):
+        raise OptionError(
+            "align: expected a recorded site or sequence among the values for 'token', found none: "
+            "only recorded values have tokens"
+        )
     return [(selections[index], settings) for index, settings in sorted(found.items())]
 
 

@@ -67,6 +67,21 @@ def test_the_unit_that_carries_the_bit_comes_first_and_an_unused_one_is_exactly_
     assert (others > 0).any()
 
 
+def test_control_the_bit_that_nothing_reads_has_no_effect() -> None:
+    """So it is the path of the bit that puts its unit first, and not its large gates."""
+
+    class Forgetting(Memory):
+        def forward(self, x: Tensor) -> Tensor:
+            state: Tensor = self.rnn(x)[1][0]
+            return state[:, 4] + 0.01 * state[:, [0, 1, 3, 5]].sum(1)
+
+    x, sign = data()
+    table = grutrace.effects(Forgetting(), lambda m: m(x), lambda out: out * sign, to=(0.0,))
+    assert (table.differences[2] == 0).all()
+    assert (table.differences[4] != 0).any()
+    assert table.sorted().unit[0] != 2
+
+
 def test_the_baseline_is_the_untouched_model() -> None:
     x, sign = data()
     expected = (Memory()(x) * sign).detach().numpy()

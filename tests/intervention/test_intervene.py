@@ -151,6 +151,16 @@ def test_an_update_gate_of_one_keeps_the_initial_state(form: str) -> None:
     assert torch.allclose(states, initial, atol=1e-6)
 
 
+def test_control_an_update_gate_of_one_keeps_only_the_units_that_it_holds() -> None:
+    torch.manual_seed(0)
+    layer, x, initial = nn.GRU(4, 6), torch.randn(8, 3, 4), torch.randn(1, 3, 6)
+    with grutrace.intervene(layer, "l0", update=1.0, units=[1, 4]):
+        _, states = layer(x, initial)
+    is_kept = torch.isclose(states, initial, atol=1e-6).all(1)[0]
+    assert is_kept.tolist() == [False, True, False, False, True, False]
+    assert not torch.isclose(layer(x, initial)[1], initial, atol=1e-6).all(1).any()
+
+
 @pytest.mark.parametrize("gate", ["reset", "update", "candidate"])
 def test_a_moved_preactivation_is_a_moved_bias(gate: str) -> None:
     layer, x = gru(3, 5, 2, bidirectional=True), torch.randn(7, 4, 3, dtype=torch.float64)
@@ -193,6 +203,27 @@ def test_functions_that_change_nothing(case: Case, data: st.DataObject) -> None:
             found = results_and_gradients(case, layer, case.run)
     for a, b in zip(expected, found, strict=True):
         assert torch.equal(a, b), (a - b).abs().max()
+
+
+@pytest.mark.parametrize("quantity", SETTABLE)
+def test_control_a_function_that_changes_one_value_changes_bits(quantity: str) -> None:
+    torch.manual_seed(0)
+    layer, x = nn.GRU(3, 5), torch.randn(6, 2, 3)
+
+    def run() -> list[Tensor]:
+        layer.zero_grad()
+        output, _ = layer(x)
+        output.sin().sum().backward()
+        return [
+            output.detach(),
+            *(p.grad.clone() for p in layer.parameters() if p.grad is not None),
+        ]
+
+    expected = run()
+    with grutrace.intervene(layer, {"l0": {quantity: lambda gate, _: gate * 1.001}}, units=2):
+        found = run()
+    assert len(found) == len(expected) == 5
+    assert not any(map(torch.equal, found, expected))
 
 
 @given(cases())
@@ -429,6 +460,16 @@ def test_gates_copied_from_the_kernel_change_no_bit(quantity: str) -> None:
     is_copied = trace["l0"].checks["tolerance"].max() < 1e-6
     assert is_copied
     assert torch.equal(output, expected)
+
+
+@pytest.mark.parametrize("quantity", SETTABLE)
+def test_control_the_values_of_another_sequence_change_a_run(quantity: str) -> None:
+    layer, x = gru(3, 5), torch.randn(7, 2, 3, dtype=torch.float64)
+    trace, expected = trace_of(layer, x), layer(x)[0]
+    with grutrace.intervene(layer, {"l0": {quantity: trace["l0"].sequence(1)}}):
+        output, _ = layer(x)
+    assert torch.allclose(output[:, 1], expected[:, 1], rtol=0, atol=1e-13)
+    assert not torch.allclose(output[:, 0], expected[:, 0], rtol=0, atol=1e-4)
 
 
 def test_all_states_of_another_run() -> None:
@@ -793,6 +834,7 @@ LAYER = nn.GRU(2, 3, 2)
         ("l0", {"update": 0.0, "sequences": slice(1, None)}, "a slice from 0 with an end"),
         ("l0", {"update": 0.0, "tokens": "ab"}, "tokens: expected a list of tokens"),
         ("l0", {"update": 0.0, "align": "time"}, "align: expected one of step, token"),
+        ("l0", {"update": np.zeros((4, 2, 3)), "align": "token"}, "align: expected a recorded"),
         ({"l0": 0.0}, {}, "l0: expected values by quantity"),
         ({"l0": {"update": 0.0}}, {"reset": 1.0}, "found a dict and reset="),
         ({}, {}, "at least one site"),

@@ -89,9 +89,16 @@ def test_the_models_gradients_are_the_same_bits(kind: Kind) -> None:
     with grutrace.trace(problem.layer, record=RECORD):
         loss, inputs, initial = problem.run()
         loss.backward()
-    found = leaf_gradients(problem.layer, inputs, initial)
+    found = [gradient.clone() for gradient in leaf_gradients(problem.layer, inputs, initial)]
     assert torch.equal(loss, expected)
     assert all(map(torch.equal, found, expected_gradients))
+    # The control: a loss that differs a little is seen.
+    problem.layer.zero_grad()
+    with grutrace.trace(problem.layer, record=RECORD):
+        loss, inputs, initial = problem.run()
+        (1.001 * loss).backward()
+    found = leaf_gradients(problem.layer, inputs, initial)
+    assert not all(map(torch.equal, found, expected_gradients))
 
 
 @pytest.mark.parametrize("kind", ["cell", "layer"])
