@@ -462,6 +462,35 @@ def test_gates_are_replayed_if_the_dispatch_key_is_in_use() -> None:
     subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "_dispatch_key_parse",
+        "_dispatch_has_backend_fallback",
+        "_dispatch_tls_is_dispatch_key_included",
+        "_IncludeDispatchKeyGuard",
+        "DispatchKeySet",
+    ],
+)
+def test_gates_are_replayed_if_pytorch_lacks_what_copies_them(name) -> None:
+    program = f"""
+        import torch
+        import grutrace.capture.tracer
+        from grutrace.gru import kernel_gates
+        del torch._C.{name}
+        layer, x = torch.nn.GRU(512, 512), torch.randn(3, 32, 512)
+        with torch.no_grad():
+            expected = layer(x)[0]
+            with grutrace.trace(layer, gates="inline", check="raise") as trace:
+                assert torch.equal(layer(x)[0], expected)
+        assert not kernel_gates.kernel_supported()
+        assert trace["l0"].update.shape == (96, 512)
+        assert trace.calls["residual"].max() < 1e-5
+    """
+    done = forks.run("-c", textwrap.dedent(program))
+    assert done.returncode == 0, done.stderr
+
+
 def test_half_types(harvesting) -> None:
     for dtype in (torch.bfloat16, torch.float16):
         layer = nn.GRU(5, 7, 2, bidirectional=True).to(dtype)

@@ -212,3 +212,17 @@ def test_compiling_after_attaching(layers, backend) -> None:
         return
     assert done.returncode == 0, done.stderr
     assert "grutrace" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["input_codes", "_debug_get_cache_entry_list"])
+def test_graphs_that_cannot_be_looked_into_count(name, monkeypatch) -> None:
+    from torch._dynamo import convert_frame
+
+    torch.compile(nn.Linear(3, 3), backend="eager")(torch.randn(2, 3))
+    if CAN_RUN_EAGERLY:
+        # The control: this graph contains no GRU.
+        assert not compiled_graphs.any_with_gru_kernel()
+    where = convert_frame if name == "input_codes" else torch._C._dynamo.eval_frame
+    with monkeypatch.context() as without:
+        without.delattr(where, name)
+        assert compiled_graphs.any_with_gru_kernel()

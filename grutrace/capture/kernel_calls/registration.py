@@ -35,7 +35,7 @@ from torch._C import DispatchKey
 OPERATIONS = {"gru.input": 2, "gru.data": 3, "gru_cell": 2}
 
 #: The newest PyTorch that passed the tests (tools/matrix.sh). A newer one is used, too.
-NEWEST_TESTED = (2, 15)
+NEWEST_TESTED = (2, 13)
 
 #: How long a removed kernel is kept. A thread waits for the GIL for milliseconds only. Seconds.
 REMOVAL_DELAY_SECONDS = 10.0
