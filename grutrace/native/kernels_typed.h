@@ -217,10 +217,12 @@ typedef struct {
     double sum[LANES], squares[LANES], cubes[LANES], fourths[LANES];
 } TYPED(found);
 
-/* Scan `rows` by LANES values, with the requested sums about `shifts`. */
+/* Scan `rows` by LANES values, with the requested sums about `shifts`. For each row, one more line of
+ * memory is fetched from `ahead` on. */
 static inline __attribute__((always_inline)) void TYPED(scan)(
     const REAL *values, int64_t rows, int64_t stride, const double *shifts,
-    const count_options *options, int moments, int powers, TYPED(found) *found) {
+    const count_options *options, int moments, int powers, const REAL *ahead, int64_t ahead_stride,
+    TYPED(found) *found) {
     TYPED(reals) least = TYPED(load)(values), most = least;
     TYPED(integers) below = {0}, above = {0}, is_finite = ~below;
     TYPED(doubles) shift[2], sum[2] = {{0}}, squares[2] = {{0}}, cubes[2] = {{0}}, fourths[2] = {{0}};
@@ -228,7 +230,7 @@ static inline __attribute__((always_inline)) void TYPED(scan)(
     memcpy(shift, shifts, sizeof shift);
     for (int64_t row = 0; row < rows; row++) {
         const REAL *from = values + row * stride;
-        __builtin_prefetch(from + 8 * stride);
+        __builtin_prefetch(ahead + row * ahead_stride);
         TYPED(reals) value = TYPED(load)(from), size = TYPED(absolute)(value);
         is_finite &= value - value == 0;
         for (int i = 0; moments && i < 2; i++) {
@@ -268,12 +270,17 @@ static void TYPED(count_lanes)(const REAL *values, int64_t rows, int64_t stride,
         const unit_stats *unit = units + first + j;
         shifts[j] = unit->count ? unit->mean : (double)values[first + j];
     }
+    /* With bins, the same units are counted in the next rows. Otherwise all units are counted in these
+     * rows first: meanwhile the next rows are fetched in order, which is faster. */
+    int64_t ahead_stride = options->bins ? stride : LANES;
+    const REAL *next = values + rows * stride;
+    const REAL *ahead = options->bins ? values + first + 32 * stride : next + first * rows;
     if (!options->moments) {
-        TYPED(scan)(values + first, rows, stride, shifts, options, 0, 0, &found);
+        TYPED(scan)(values + first, rows, stride, shifts, options, 0, 0, ahead, ahead_stride, &found);
     } else if (options->cubes == NULL) {
-        TYPED(scan)(values + first, rows, stride, shifts, options, 1, 0, &found);
+        TYPED(scan)(values + first, rows, stride, shifts, options, 1, 0, ahead, ahead_stride, &found);
     } else {
-        TYPED(scan)(values + first, rows, stride, shifts, options, 1, 1, &found);
+        TYPED(scan)(values + first, rows, stride, shifts, options, 1, 1, ahead, ahead_stride, &found);
     }
     int is_plain = 1;
     for (int j = 0; j < LANES; j++) {
