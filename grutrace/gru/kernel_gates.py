@@ -245,12 +245,14 @@ def can_intercept(input: Tensor) -> bool:
 @cache
 def kernel_supported() -> bool:
     """Return whether gates copied from small layers are as expected. Tested once per process."""
-    supported = dispatcher.is_available() and all(
-        _is_recognized(bias, grad, sizes)
-        for bias in (True, False)
-        for grad in (True, False)
-        for sizes in ([2, 2, 2], [2, 1, 1])
-    )
+    # The tracer may be made under autocast.
+    with torch.autocast("cpu", enabled=False):
+        supported = dispatcher.is_available() and all(
+            _is_recognized(bias, grad, sizes)
+            for bias in (True, False)
+            for grad in (True, False)
+            for sizes in ([2, 2, 2], [2, 1, 1])
+        )
     if not supported:
         logging.getLogger(__name__).debug(
             "torch %s makes other additions in a GRU than expected: gates are replayed, not copied",
