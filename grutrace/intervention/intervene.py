@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from types import TracebackType
@@ -22,6 +22,7 @@ from grutrace.capture.kernel_calls.torch_context import (
     is_checkpoint_forward,
     is_wrapped,
     isolated_context,
+    other_checkpoints,
     reentrant_checkpoints,
     unwrap_functorch,
 )
@@ -34,6 +35,26 @@ from grutrace.intervention.settings import Setting, make_settings
 from grutrace.intervention.step_counter import Progress, StepCounter
 from grutrace.intervention.values import Align, Tokens, Values
 from grutrace.reprs import wrap_text
+
+
+class _GuardedRecompute:
+    """Repeats a checkpointed call, unless a block in which it was made has ended.
+
+    Args:
+        recompute: Repeats the call.
+
+    Attributes:
+        refusals: By the event that ends a block, a function that raises an error after it.
+    """
+
+    def __init__(self, recompute: Callable[..., Any]) -> None:
+        self._recompute = recompute
+        self.refusals: dict[threading.Event, Callable[[None], None]] = {}
+
+    def __call__(self, *args: Any) -> Any:
+        for refuse in self.refusals.values():
+            refuse(None)
+        return self._recompute(*args)
 
 
 class ModuleIntervention:
@@ -120,6 +141,11 @@ class ModuleIntervention:
         nodes = {output.grad_fn, final.grad_fn, *reentrant_checkpoints()} - {None}
         for node in nodes:
             node.register_prehook(refuse)
+        # A call without gradients has no node, and is repeated all the same.
+        for each in other_checkpoints():
+            if not isinstance(each.recompute_fn, _GuardedRecompute):
+                each.recompute_fn = _GuardedRecompute(each.recompute_fn)
+            each.recompute_fn.refusals[self.has_ended] = refuse
 
     def _progress(self, call: InterceptedCall, columns: np.ndarray) -> Progress | None:
         """Return how far the sequences of a call have come; None if no setting needs to know."""

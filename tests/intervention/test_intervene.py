@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -695,6 +696,36 @@ def test_a_checkpoint_is_repeated_as_it_ran(reentrant: bool) -> None:
     assert torch.equal(x.grad, expected)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpointed_call_without_gradients_is_repeated_as_it_ran_or_refused(
+    reentrant: bool,
+) -> None:
+    """A frozen layer: no gradient arrives at its call, but those of the model depend on it."""
+    from torch.utils.checkpoint import checkpoint
+
+    layer, head = gru(3, 5).requires_grad_(False), torch.ones(5, dtype=torch.float64)
+    x = torch.randn(20, 2, 3, dtype=torch.float64)
+    head.requires_grad_()
+
+    def model(head: Tensor) -> Tensor:
+        state = None
+        for step in x.split(1):
+            output, state = layer(step, state)
+        return (output * head).sin().sum()
+
+    with grutrace.intervene(layer, "l0", update=0.3):
+        (expected,) = torch.autograd.grad(model(head), head)
+        checkpoint(model, head, use_reentrant=reentrant).backward()
+        loss: Any = checkpoint(model, head, use_reentrant=reentrant)
+    assert head.grad is not None
+    assert torch.equal(head.grad, expected)
+    with pytest.raises(grutrace.UnsupportedError, match="the block has ended"):
+        loss.backward()
+    assert torch.equal(head.grad, expected)
+    # The control: without the setting, other gradients.
+    assert not torch.allclose(torch.autograd.grad(model(head), head)[0], expected)
+
+
 def test_checkpointing_single_steps_of_a_decoder_is_exact_or_refused() -> None:
     from torch.utils.checkpoint import checkpoint
 
@@ -724,6 +755,34 @@ def test_checkpointing_single_steps_of_a_decoder_is_exact_or_refused() -> None:
 def test_the_repr() -> None:
     intervention = grutrace.intervene(LAYER, "*", update=0.0)
     assert repr(intervention) == "<intervention: update of l0, update of l1>"
+
+
+@pytest.mark.parametrize("kind", ["gru", "cell"])
+def test_the_replicas_that_pytorch_makes_are_refused(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """nn.DataParallel runs shallow copies of the model. Here PyTorch makes them on the CPU."""
+
+    def copies(tensors: list[Tensor], devices: list[int], detach: bool = False) -> Any:
+        return [[tensor.clone() for tensor in tensors] for _ in devices]
+
+    replicate = importlib.import_module("torch.nn.parallel.replicate")
+    monkeypatch.setattr(replicate, "_broadcast_coalesced_reshape", copies)
+    model, other = Decoder(kind), Decoder(kind)
+    x = torch.randn(4, 6, 3, dtype=torch.float64)
+    expected = model(x)
+    site = "rnn.l0" if kind == "gru" else "rnn.cell"
+    with grutrace.intervene(model, site, update=1.0):
+        model(x)
+        for replica, part in zip(replicate.replicate(model, [0, 1]), x.chunk(2, 1), strict=True):
+            with pytest.raises(grutrace.UnsupportedError, match=r"replica of nn\.DataParallel"):
+                replica(part)
+        # Controls: replicas of another model, and copies that are models of their own.
+        (replica,) = replicate.replicate(other, [0])
+        for unset in (replica, copy.deepcopy(model)):
+            assert torch.allclose(unset(x), expected, rtol=0, atol=1e-12)
+    (replica,) = replicate.replicate(model, [0])
+    assert torch.allclose(replica(x), expected, rtol=0, atol=1e-12)
 
 
 def test_dropout_between_the_layers_draws_the_same_masks() -> None:

@@ -107,6 +107,21 @@ def reentrant_checkpoints() -> list[Any]:
     return [node for node in nodes if node is not None]
 
 
+def other_checkpoints() -> list[Any]:
+    """Return the checkpoints that are not reentrant and run this call in their forward pass.
+
+    PyTorch calls the attribute ``recompute_fn`` of each to repeat the call.
+    """
+    found, frame = [], sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_filename == checkpoint.__file__:
+            # Its generator is suspended while the function runs.
+            suspended = getattr(frame.f_locals.get("gen"), "gi_frame", None)
+            found.append(None if suspended is None else suspended.f_locals.get("new_frame"))
+        frame = frame.f_back  # type: ignore[assignment]
+    return [each for each in found if hasattr(each, "recompute_fn")]
+
+
 def is_transformed() -> bool:
     """Whether a transform of torch.func is active."""
     return torch._C._functorch.peek_interpreter_stack() is not None
