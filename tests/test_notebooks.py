@@ -35,10 +35,10 @@ for cell in notebook["cells"]:
 #: What letters-to-phonemes.ipynb prints.
 LETTERS = """\
 absent ['AE1', 'B', 'S', 'AH0', 'N', 'T', '</s>']
-<site encoder.l0: 371 sequences, 3304 steps of reset, update, candidate, hidden,
-    input
+<site encoder.l0: 371 sequences, 3,304 steps of reset, update, candidate,
+    hidden, input
     labels: tokens, kind>
-<site decoder.cell: 371 sequences, 3008 steps of reset, update, candidate,
+<site decoder.cell: 371 sequences, 3,008 steps of reset, update, candidate,
     hidden, input
     labels: tokens>
 encoder: 0.30 nearly closed, 0.36 nearly open, 0 units stuck

@@ -218,6 +218,8 @@ def test_compiling_after_attaching(layers, backend) -> None:
 def test_graphs_that_cannot_be_looked_into_count(name, monkeypatch) -> None:
     from torch._dynamo import convert_frame
 
+    # Graphs of other tests of this process.
+    torch._dynamo.reset()
     torch.compile(nn.Linear(3, 3), backend="eager")(torch.randn(2, 3))
     if CAN_RUN_EAGERLY:
         # The control: this graph contains no GRU.

@@ -168,7 +168,7 @@ def test_quantities_that_were_not_counted_are_an_error(model) -> None:
     [
         ({"gates": "deferred"}, "gates and sink: expected gates='inline'"),
         ({"gates": "deferred", "path": "run.h5"}, "gates and sink: expected gates='inline'"),
-        ({"log": "loss"}, "sink: not possible with log"),
+        ({"log": ("loss",)}, "sink: not possible with log"),
         ({"sink": 3}, "sink: expected a grutrace.Statistics, found 3"),
     ],
 )
