@@ -7,6 +7,7 @@ that an untraced layer returns; set gates by a float64 NumPy loop from the equat
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,10 +90,10 @@ def expected_gradients() -> Arrays:
     }
 
 
-def trace_set_gates(path: Path) -> None:
+def trace_set_gates(path: Path, gates: str = "inline") -> None:
     """Trace two calls to a file, the second with an intervention, and close it."""
     model, x = layer(), numbers(31, 4, 2, 3)
-    with torch.no_grad(), grutrace.trace(model, path, record=EVERYTHING):
+    with torch.no_grad(), grutrace.trace(model, path, record=EVERYTHING, gates=gates):
         model(x)
         steps = slice(STEPS.start, STEPS.stop)
         with grutrace.intervene(model, "l0", update=VALUE, units=UNITS, steps=steps):
@@ -119,4 +120,6 @@ def expected_set_gates() -> Arrays:
 ACTED: dict[str, tuple[Callable[[Path], None], Callable[[], Arrays]]] = {
     "gradients": (trace_gradients, expected_gradients),
     "set": (trace_set_gates, expected_set_gates),
+    # Since version 1.5.
+    "set_deferred": (partial(trace_set_gates, gates="deferred"), expected_set_gates),
 }

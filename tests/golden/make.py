@@ -3,9 +3,9 @@
     python -m tests.golden.make FOLDER
 
 The files in `tests/golden/v1.0` were made with grutrace 0.1.0 when it wrote version 1.0 of the
-format, torch 2.13.0, NumPy 2.4.6 and h5py 3.16.0 with HDF5 2.0.0; those in `v1.3` when it wrote
-version 1.3, with the same packages. For another version of the format make another folder, from the
-same runs.
+format, torch 2.13.0, NumPy 2.4.6 and h5py 3.16.0 with HDF5 2.0.0; those in `v1.3` and
+`v1.5` when it wrote these versions, with the same packages. For another version of the format make
+another folder, from the same runs.
 """
 
 from __future__ import annotations
