@@ -218,8 +218,6 @@ def test_compiling_after_attaching(layers, backend) -> None:
 def test_graphs_that_cannot_be_looked_into_count(name, monkeypatch) -> None:
     from torch._dynamo import convert_frame
 
-    # Graphs of other tests of this process.
-    torch._dynamo.reset()
     torch.compile(nn.Linear(3, 3), backend="eager")(torch.randn(2, 3))
     if CAN_RUN_EAGERLY:
         # The control: this graph contains no GRU.
@@ -228,3 +226,23 @@ def test_graphs_that_cannot_be_looked_into_count(name, monkeypatch) -> None:
     with monkeypatch.context() as without:
         without.delattr(where, name)
         assert compiled_graphs.any_with_gru_kernel()
+
+
+@pytest.mark.skipif(not CAN_RUN_EAGERLY, reason="what is in a graph is unknown")
+@pytest.mark.parametrize("first_has_gru", [False, True])
+def test_graphs_are_looked_into_again_after_a_reset(first_has_gru) -> None:
+    class Around(nn.Module):
+        """Runs a module; its `forward` has one code object, whatever the module is."""
+
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(x)
+
+    for has_gru in (first_has_gru, not first_has_gru):
+        torch.compiler.reset()
+        inner = nn.GRUCell(3, 3) if has_gru else nn.Linear(3, 3)
+        torch.compile(Around(inner), backend="eager")(torch.randn(2, 3))
+        assert compiled_graphs.any_with_gru_kernel() is has_gru

@@ -8,6 +8,8 @@ Python code (``torch.compiler.set_stance("force_eager")``). This affects the who
 from __future__ import annotations
 
 import threading
+import weakref
+from functools import partial
 from types import CodeType
 from typing import Any
 
@@ -31,22 +33,35 @@ def any_with_gru_kernel() -> bool:
         return True
 
 
-#: By code object: the number of its graphs, and whether one of them contains a GRU kernel.
-_known: dict[CodeType, tuple[int, bool]] = {}
+#: By the identity of a compiled code object, as long as it lives: whether it contains a GRU kernel.
+#: Not by the code that was compiled, which after torch.compiler.reset() has other graphs.
+_known: dict[int, tuple[weakref.ref[CodeType], bool]] = {}
 
 
 def _has_gru_kernel(code: CodeType) -> bool:
     entries = torch._C._dynamo.eval_frame._debug_get_cache_entry_list(code)
-    if not entries:
-        return False
-    known = _known.get(code)
-    if known is None or known[0] != len(entries):
-        # The guards name every function in the graph. Before PyTorch 2.5 they cannot be read, and
-        # the graph may contain one.
-        guards = [str(getattr(entry, "guard_manager", "gru")) for entry in entries]
-        has_kernel = any("gru" in text.lower() for text in guards)
-        known = _known[code] = len(entries), has_kernel
-    return known[1]
+    return any(_contains_gru_kernel(entry) for entry in entries)
+
+
+def _contains_gru_kernel(entry: Any) -> bool:
+    """Whether the compiled code of a cache entry contains a GRU kernel."""
+    compiled = entry.code
+    known = _known.get(id(compiled))
+    if known is not None and known[0]() is compiled:
+        return known[1]
+    # The guards name every function in the graph. Before PyTorch 2.5 they cannot be read, and
+    # the graph may contain one.
+    contains = "gru" in str(getattr(entry, "guard_manager", "gru")).lower()
+    key = id(compiled)
+    _known[key] = weakref.ref(compiled, partial(_forget, key)), contains
+    return contains
+
+
+def _forget(key: int, _: object) -> None:
+    known = _known.get(key)
+    # Another code object may have taken the address.
+    if known is not None and known[0]() is None:
+        del _known[key]
 
 
 def can_run_eagerly() -> bool:
