@@ -177,6 +177,15 @@ static void TYPED(count_slowly)(const REAL *values, int64_t rows, int64_t stride
     }
 }
 
+/* The number of each value's bin, from that of the first edge on. The values are within the edges. */
+static inline TYPED(integers) TYPED(bin_of)(TYPED(reals) value, REAL factor, INTEGER last) {
+    TYPED(reals) scaled = value * factor;
+    TYPED(integers) bin = __builtin_convertvector(scaled, TYPED(integers));
+    /* The conversion truncates. */
+    bin += scaled < __builtin_convertvector(bin, TYPED(reals));
+    return bin + (bin > last); /* The last bin includes its upper edge. */
+}
+
 /* Count the bins of `rows` by LANES values, all within the edges, into (LANES, bins) small counts. */
 static void TYPED(count_bins)(const REAL *values, int64_t rows, int64_t stride, uint16_t *counts,
                               const count_options *options) {
@@ -194,18 +203,89 @@ static void TYPED(count_bins)(const REAL *values, int64_t rows, int64_t stride, 
     for (int64_t start = 0; start < rows; start += ROWS) {
         int64_t some = rows - start < ROWS ? rows - start : ROWS;
         for (int64_t row = 0; row < some; row++) {
-            TYPED(reals) scaled = TYPED(load)(values + (start + row) * stride) * factor;
-            TYPED(integers) bin = __builtin_convertvector(scaled, TYPED(integers));
-            /* The conversion truncates. */
-            bin += scaled < __builtin_convertvector(bin, TYPED(reals));
-            bin += bin > last; /* The last bin includes its upper edge. */
-            bin += offsets;
+            const REAL *from = values + (start + row) * stride;
+            TYPED(integers) bin = TYPED(bin_of)(TYPED(load)(from), factor, last) + offsets;
             memcpy(numbers + row * LANES, &bin, sizeof bin);
         }
         for (int64_t i = 0; i < some * LANES; i += LANES) {
             for (int64_t j = 0; j < LANES; j++) {
                 counts[numbers[i + j]] += 1;
             }
+        }
+    }
+}
+
+/* Counts of at most FEW_BINS bins, of LANES units. Bit b of plane k is bit k of the count of bin b, so one
+ * addition of bits adds a value of each unit to its bin. Positional population counts: Klarqvist, Mula and
+ * Lemire (2021). */
+enum { TYPED(PLANES) = 16 };
+typedef struct {
+    TYPED(integers) planes[TYPED(PLANES)];
+    int64_t rows;
+} TYPED(few_bins);
+
+/* Counts of bins, of LANES units: `many` are (LANES, bins). */
+typedef struct {
+    TYPED(few_bins) few;
+    uint16_t many[MOST_BINS * LANES];
+} TYPED(bin_counts);
+
+/* Add bits to plane k, and what is carried to the next ones. */
+static inline void TYPED(add_bits)(TYPED(few_bins) *counts, int k, TYPED(integers) bits) {
+    for (; k < TYPED(PLANES); k++) {
+        TYPED(integers) carry = counts->planes[k] & bits;
+        counts->planes[k] ^= bits;
+        bits = carry;
+    }
+}
+
+/* Count the bins of at most 16 rows. */
+static inline __attribute__((always_inline)) void TYPED(add_rows)(
+    const REAL *values, int64_t rows, int64_t stride, TYPED(few_bins) *counts,
+    const count_options *options) {
+    double scale = (double)options->bins / (options->high - options->low);
+    REAL factor = (REAL)scale;
+    INTEGER first = (INTEGER)(options->low * scale), last = (INTEGER)options->bins - 1 + first;
+    TYPED(integers) one = {0}, bits[16];
+    one += 1;
+    counts->rows += rows;
+    if (rows < 16) {
+        for (int64_t i = 0; i < rows; i++) {
+            TYPED(integers) bin = TYPED(bin_of)(TYPED(load)(values + i * stride), factor, last);
+            TYPED(add_bits)(counts, 0, one << ((bin - first) & (FEW_BINS - 1)));
+        }
+        return;
+    }
+    for (int i = 0; i < 16; i++) {
+        TYPED(integers) bin = TYPED(bin_of)(TYPED(load)(values + i * stride), factor, last);
+        bits[i] = one << ((bin - first) & (FEW_BINS - 1));
+    }
+    /* Pairs of rows to plane 0, of what they carry to plane 1, and so on. */
+    for (int k = 0; k < 4; k++) {
+        TYPED(integers) plane = counts->planes[k];
+        for (int i = 0; i < 8 >> k; i++) {
+            TYPED(integers) other = bits[2 * i + 1], either = bits[2 * i] ^ other;
+            bits[i] = (bits[2 * i] & other) | (plane & either);
+            plane ^= either;
+        }
+        counts->planes[k] = plane;
+    }
+    TYPED(add_bits)(counts, 4, bits[0]);
+}
+
+/* Write the counts of each unit, (LANES, bins). */
+static void TYPED(unpack_bins)(const TYPED(few_bins) *counts, int64_t bins, uint16_t *unpacked) {
+    int used = 0;
+    while (counts->rows >> used) {
+        used++;
+    }
+    for (int64_t bin = 0; bin < bins; bin++) {
+        TYPED(integers) count = {0};
+        for (int k = used - 1; k >= 0; k--) {
+            count += count + ((counts->planes[k] >> bin) & 1);
+        }
+        for (int j = 0; j < LANES; j++) {
+            unpacked[j * bins + bin] = (uint16_t)count[j];
         }
     }
 }
@@ -218,35 +298,42 @@ typedef struct {
 } TYPED(found);
 
 /* Scan `rows` by LANES values, with the requested sums about `shifts`. For each row, one more line of
- * memory is fetched from `ahead` on. */
+ * memory is fetched from `ahead` on. With `few`, count the bins as well; the counts are meaningless if a
+ * value is outside the edges or not finite. */
 static inline __attribute__((always_inline)) void TYPED(scan)(
     const REAL *values, int64_t rows, int64_t stride, const double *shifts,
     const count_options *options, int moments, int powers, const REAL *ahead, int64_t ahead_stride,
-    TYPED(found) *found) {
+    TYPED(found) *found, TYPED(few_bins) *few) {
     TYPED(reals) least = TYPED(load)(values), most = least;
     TYPED(integers) below = {0}, above = {0}, is_finite = ~below;
     TYPED(doubles) shift[2], sum[2] = {{0}}, squares[2] = {{0}}, cubes[2] = {{0}}, fourths[2] = {{0}};
     REAL lower = (REAL)options->below, upper = (REAL)options->above;
     memcpy(shift, shifts, sizeof shift);
-    for (int64_t row = 0; row < rows; row++) {
-        const REAL *from = values + row * stride;
-        __builtin_prefetch(ahead + row * ahead_stride);
-        TYPED(reals) value = TYPED(load)(from), size = TYPED(absolute)(value);
-        is_finite &= value - value == 0;
-        for (int i = 0; moments && i < 2; i++) {
-            TYPED(doubles) off = TYPED(load_doubles)(from + i * (LANES / 2)) - shift[i];
-            TYPED(doubles) square = off * off;
-            sum[i] += off;
-            squares[i] += square;
-            if (powers) {
-                cubes[i] += square * off;
-                fourths[i] += square * square;
+    for (int64_t start = 0; start < rows; start += 16) {
+        int64_t stop = start + 16 < rows ? start + 16 : rows;
+        for (int64_t row = start; row < stop; row++) {
+            const REAL *from = values + row * stride;
+            __builtin_prefetch(ahead + row * ahead_stride);
+            TYPED(reals) value = TYPED(load)(from), size = TYPED(absolute)(value);
+            is_finite &= value - value == 0;
+            for (int i = 0; moments && i < 2; i++) {
+                TYPED(doubles) off = TYPED(load_doubles)(from + i * (LANES / 2)) - shift[i];
+                TYPED(doubles) square = off * off;
+                sum[i] += off;
+                squares[i] += square;
+                if (powers) {
+                    cubes[i] += square * off;
+                    fourths[i] += square * square;
+                }
             }
+            least = TYPED(smaller)(least, value);
+            most = TYPED(larger)(most, value);
+            below -= size < lower;
+            above -= size > upper;
         }
-        least = TYPED(smaller)(least, value);
-        most = TYPED(larger)(most, value);
-        below -= size < lower;
-        above -= size > upper;
+        if (few != NULL) {
+            TYPED(add_rows)(values + start * stride, stop - start, stride, few, options);
+        }
     }
     found->least = least;
     found->most = most;
@@ -262,7 +349,7 @@ static inline __attribute__((always_inline)) void TYPED(scan)(
 /* Count `rows` by LANES values of the units from number `first` on. `counts` are their small counts of
  * bins. */
 static void TYPED(count_lanes)(const REAL *values, int64_t rows, int64_t stride, int64_t first,
-                               unit_stats *units, int64_t *histogram, uint16_t *counts,
+                               unit_stats *units, int64_t *histogram, TYPED(bin_counts) *counts,
                                const count_options *options) {
     TYPED(found) found;
     double shifts[LANES];
@@ -275,12 +362,19 @@ static void TYPED(count_lanes)(const REAL *values, int64_t rows, int64_t stride,
     int64_t ahead_stride = options->bins ? stride : LANES;
     const REAL *next = values + rows * stride;
     const REAL *ahead = options->bins ? values + first + 32 * stride : next + first * rows;
+    TYPED(few_bins) few = counts->few, *used = NULL;
+    if (options->bins && options->bins <= FEW_BINS) {
+        used = &few;
+    }
     if (!options->moments) {
-        TYPED(scan)(values + first, rows, stride, shifts, options, 0, 0, ahead, ahead_stride, &found);
+        TYPED(scan)(values + first, rows, stride, shifts, options, 0, 0, ahead, ahead_stride, &found,
+                    used);
     } else if (options->cubes == NULL) {
-        TYPED(scan)(values + first, rows, stride, shifts, options, 1, 0, ahead, ahead_stride, &found);
+        TYPED(scan)(values + first, rows, stride, shifts, options, 1, 0, ahead, ahead_stride, &found,
+                    used);
     } else {
-        TYPED(scan)(values + first, rows, stride, shifts, options, 1, 1, ahead, ahead_stride, &found);
+        TYPED(scan)(values + first, rows, stride, shifts, options, 1, 1, ahead, ahead_stride, &found,
+                    used);
     }
     int is_plain = 1;
     for (int j = 0; j < LANES; j++) {
@@ -307,8 +401,10 @@ static void TYPED(count_lanes)(const REAL *values, int64_t rows, int64_t stride,
             TYPED(add_moments)(unit, first + j, options, &sums);
         }
     }
-    if (options->bins) {
-        TYPED(count_bins)(values + first, rows, stride, counts, options);
+    if (used != NULL) {
+        counts->few = few;
+    } else if (options->bins) {
+        TYPED(count_bins)(values + first, rows, stride, counts->many, options);
     }
 }
 
@@ -316,22 +412,26 @@ static void TYPED(count)(const REAL *values, int64_t rows, int64_t width, unit_s
                          int64_t *histogram, const count_options *options) {
     /* Rows that stay in the cache between two passes over them. */
     int64_t block = 192 * 1024 / ((int64_t)sizeof(REAL) * (width > 0 ? width : 1));
-    block = block < 16 ? 16 : block;
+    block = block < 16 ? 16 : block - block % 16;
     int64_t whole = width - width % LANES, bins = options->bins;
     /* With bins, LANES units after LANES units, whose small counts stay in the first-level cache. They
      * hold as many rows as 16 bits count. Otherwise block after block. */
     int64_t together = bins ? UINT16_MAX - UINT16_MAX % block : block;
-    uint16_t counts[MOST_BINS * LANES];
+    TYPED(bin_counts) counts;
     for (int64_t start = 0; start < rows; start += together) {
         int64_t stop = rows - start < together ? rows : start + together;
         for (int64_t unit = 0; unit < whole; unit += LANES) {
-            memset(counts, 0, (size_t)(bins * LANES) * sizeof *counts);
+            memset(&counts.few, 0, sizeof counts.few);
+            memset(counts.many, 0, (size_t)(bins * LANES) * sizeof *counts.many);
             for (int64_t at = start; at < stop; at += block) {
                 TYPED(count_lanes)(values + at * width, stop - at < block ? stop - at : block, width,
-                                   unit, units, histogram, counts, options);
+                                   unit, units, histogram, &counts, options);
+            }
+            if (bins <= FEW_BINS) {
+                TYPED(unpack_bins)(&counts.few, bins, counts.many);
             }
             for (int64_t i = 0; i < bins * LANES; i++) {
-                histogram[unit * bins + i] += counts[i];
+                histogram[unit * bins + i] += counts.many[i];
             }
         }
         for (int64_t at = start; at < stop; at += block) {
