@@ -7,6 +7,7 @@
 # output of each is in $MATRIX too, ./matrix without it. A WORD selects the combinations that contain
 # it: `bash tools/matrix.sh 2.4.1`. --whole runs all tests, with the extra "test", in place of the fast
 # core. A Python that is missing is skipped, and the row says so. The exit code is 1 if anything failed.
+# RUN is put in front of each run of tests, as in RUN="nice -n 10"; a run has the tests of one folder.
 #
 # pip takes torch from where it is set to look: several GB each, unless that is an index of builds for
 # the CPU (PIP_EXTRA_INDEX_URL).
@@ -25,9 +26,12 @@ combinations=(
     "3.12 newest newest newest"
     "3.14 newest newest newest"
 )
-core=(tests/gru tests/capture tests/integration tests/storage/write tests/test_lattice.py tests/test_systems.py)
+# Each in a process of its own, so that none takes long or much memory.
+core=(tests/gru tests/capture/kernel_calls tests/capture tests/integration tests/storage/write tests/storage/hdf5
+    tests/test_lattice.py tests/test_systems.py)
 # What the core imports, beside what grutrace needs.
-runners=("pytest>=8,<9.2" "pytest-xdist>=3.6" "hypothesis>=6.100" "expecttest>=0.2" "typer>=0.12" pandas hdf5plugin)
+runners=("pytest>=8,<9.2" "pytest-xdist>=3.6" "hypothesis>=6.100" "expecttest>=0.2" "typer>=0.12"
+    dask h5netcdf hdf5plugin netCDF4 pandas)
 
 folder=${MATRIX:-matrix}
 mkdir -p "$folder" || exit 2

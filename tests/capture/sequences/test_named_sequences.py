@@ -262,7 +262,7 @@ def test_names_by_module() -> None:
         for cell in model.values():
             state = torch.randn(2, H)
             for _ in range(3):
-                state = cell(torch.randn(2, INPUT), state).relu()
+                state = -cell(torch.randn(2, INPUT), state)
     assert trace["left.cell"].lengths.tolist() == [3, 3]
     assert trace["right.cell"].lengths.tolist() == [1] * 6
 
