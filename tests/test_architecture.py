@@ -33,7 +33,8 @@ ANALYSES = {
 #: What each part may import beside the base, from the lowest to the highest.
 ALLOWED = {
     "native": set[str](),
-    "gru": {"native"},
+    "torch_internals": set[str](),
+    "gru": {"native", "torch_internals"},
     "conversion": set[str](),
     "gradients": {"gru"},
     "storage/hdf5": set[str](),
@@ -65,7 +66,7 @@ ALLOWED = {
     },
     "capture/logged_values": set[str](),
     "capture/options": {"native", "capture/logged_values"},
-    "capture/kernel_calls": {"gru"},
+    "capture/kernel_calls": {"gru", "torch_internals"},
     "capture/unsupported_grus": set[str](),
     "capture/selection": {"gru", "capture/options", "capture/unsupported_grus"},
     "capture/sequences": set[str](),
@@ -110,8 +111,8 @@ ALLOWED = {
         *("capture/trace_output", "capture/model_recorder"),
     },
     "intervention": {
-        *("native", "storage/read", "gru", "capture/options", "capture/kernel_calls"),
-        "capture/selection",
+        *("native", "torch_internals", "storage/read", "gru", "capture/options"),
+        *("capture/kernel_calls", "capture/selection"),
     },
     "analysis/engine": {"storage/interfaces", "storage/read", "arrays"},
     "analysis/registry": {"analysis/engine"},
@@ -185,7 +186,7 @@ LATE = {
 ONLY = {
     "torch": {
         *("gru", "conversion", "gradients", "capture", "intervention", "analysis", "run"),
-        "integrations",
+        *("integrations", "torch_internals"),
     },
     "h5py": {"storage", "statistics", "export"},
     "h5netcdf": {"export"},

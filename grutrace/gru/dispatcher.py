@@ -20,6 +20,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from grutrace.torch_internals import DispatchKey
+
 Result = TypeVar("Result")
 
 #: Called with the operands and the result of an addition, before the caller gets the result.
@@ -93,7 +95,7 @@ def _register() -> bool:
 
 def _make_impl(operation: Any) -> Callable[..., Tensor]:
     add = operation.redispatch
-    cpu_keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+    cpu_keys = torch._C.DispatchKeySet(DispatchKey.CPU)
 
     def add_and_notify(augend: Tensor, addend: Tensor, *, alpha: float = 1) -> Tensor:
         total: Tensor = add(cpu_keys, augend, addend, alpha=alpha)

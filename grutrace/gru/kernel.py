@@ -121,9 +121,9 @@ class KernelCall(NamedTuple):
         options = (self.bias, 1, 0.0, self.training, self.bidirectional)
         # torch._VF instead of torch.gru, so that the user's function modes do not see the call.
         if self.batch_sizes is None:
-            output, final = torch._VF.gru(input, initial, weights, *options, False)
+            output, final = torch.gru(input, initial, weights, *options, False)
         else:
-            output, final = torch._VF.gru(input, self.batch_sizes, initial, weights, *options)
+            output, final = torch.gru(input, self.batch_sizes, initial, weights, *options)
         return Layer(input, output), final
 
     def should_copy_kernel_gates(self, request: GateRequest) -> bool:

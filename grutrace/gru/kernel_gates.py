@@ -31,6 +31,7 @@ from grutrace.gru.gate_copies import CallShape, GateBuffers, GateRequest, UnitsB
 from grutrace.gru.layout import PackedLayout
 from grutrace.native.library import load
 from grutrace.records import GATES
+from grutrace.torch_internals import count_dispatch_modes, innermost_transform
 
 Result = TypeVar("Result")
 
@@ -236,8 +237,8 @@ def can_intercept(input: Tensor) -> bool:
     """
     return (
         input.device.type == "cpu"
-        and not torch._C._len_torch_dispatch_stack()
-        and torch._C._functorch.peek_interpreter_stack() is None
+        and not count_dispatch_modes()
+        and innermost_transform() is None
         and kernel_supported()
     )
 

@@ -34,6 +34,7 @@ from grutrace.gru.tolerance import (
     zero_where_equal,
 )
 from grutrace.records import GATES, WEIGHTS, Array
+from grutrace.torch_internals import without_torch_functions
 
 _TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -47,7 +48,7 @@ FLOAT64_EPS = machine_epsilon(torch.float64)
 @contextmanager
 def isolated_context() -> Iterator[None]:
     """Run without function modes, autograd and autocast, which may be active around the reader."""
-    with torch._C.DisableTorchFunction(), torch.no_grad(), torch.autocast("cpu", enabled=False):
+    with without_torch_functions(), torch.no_grad(), torch.autocast("cpu", enabled=False):
         yield
 
 

@@ -29,7 +29,8 @@ from functools import cache
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
-from torch._C import DispatchKey
+
+from grutrace.torch_internals import DispatchKey, find, require_all
 
 #: The operations, and the index of the weights among their arguments.
 OPERATIONS = {"gru.input": 2, "gru.data": 3, "gru_cell": 2}
@@ -40,8 +41,23 @@ NEWEST_TESTED = (2, 13)
 #: How long a removed kernel is kept. A thread waits for the GIL for milliseconds only. Seconds.
 REMOVAL_DELAY_SECONDS = 10.0
 
+_kernels = {
+    name: find(f"torch.ops.aten.{name if '.' in name else name + '.default'}._op_dk")
+    for name in OPERATIONS
+}
+
+#: Function modes, which are left for our kernels and entered again for PyTorch's.
+_count_function_modes = find("torch._C._len_torch_function_stack")
+_with_torch_functions = find("torch._C._EnableTorchFunction")
+
+_key_of_device = find("torch._C._dispatch_key_for_device")
+_unregister = find("torch.library.Library._destroy")
+
 #: The part of torch.compile that is available without loading the rest.
-_frames: Any = torch._C._dynamo.eval_frame
+_frames = find("torch._C._dynamo.eval_frame", None)
+
+#: Return a handle that keeps a kernel alive. From PyTorch 2.9 on.
+_get_kernel = find("torch._C._dispatch_get_computed_kernel_for_dispatch_key", None)
 
 #: Keys that are always registered. Meta calls hold no data, but a warning names them.
 _ALWAYS = ("CPU", "AutogradCPU", "AutogradMeta")
@@ -58,14 +74,14 @@ class GRUKernel:
 
     def __init__(self, name: str) -> None:
         self.name, self.is_cell = name, name == "gru_cell"
-        self._run: Any = _overload(name)._op_dk
+        self._run = _kernels[name]
         self._weights_index = OPERATIONS[name]
         self.state_index = self._weights_index - 1
 
     def __call__(self, *arguments: Any) -> Any:
         """Run the kernel. Function modes of the user see the same calls as without grutrace."""
-        if torch._C._len_torch_function_stack():
-            with torch._C._EnableTorchFunction():
+        if _count_function_modes():
+            with _with_torch_functions():
                 return self._run(DispatchKey.CompositeImplicitAutograd, *arguments)
         return self._run(DispatchKey.CompositeImplicitAutograd, *arguments)
 
@@ -141,9 +157,10 @@ class KernelRegistration:
         keys = set(_ALWAYS)
         for device in devices:
             if device != "meta":
-                key = torch._C._dispatch_key_for_device(device)
+                key = _key_of_device(device)
                 keys |= {key, f"Autograd{key}"}
         log_untested_version()
+        require_all()
         with self._lock:
             try:
                 self._users.add(user)
@@ -174,7 +191,7 @@ class KernelRegistration:
         """Restore PyTorch's kernels. May be repeated after an interruption."""
         self._is_removing = True
         for library in reversed(list(self._libraries.values())):
-            library._destroy()
+            _unregister(library)
         self._removed.append(_RemovedKernels(time.monotonic(), self._handles))
         self._handles = []
         _forget_resolved_keys()
@@ -203,8 +220,11 @@ class KernelRegistration:
             finally:
                 _frames.set_eval_frame(previous)
 
-        _exclude_from_compiler(call)
-        return call
+        if _exclude_from_compiler(call):
+            return call
+        disable: Any = torch.compiler.disable
+        excluded: Callable[..., Any] = disable(lambda *arguments: override(kernel, arguments))
+        return excluded
 
     def _drop_expired(self) -> None:
         oldest = time.monotonic() - REMOVAL_DELAY_SECONDS
@@ -224,15 +244,25 @@ def log_untested_version() -> None:
         )
 
 
-def _exclude_from_compiler(function: Callable[..., Any]) -> None:
-    """Exclude a function from torch.compile."""
-    if hasattr(_frames, "set_code_exec_strategy"):
-        action = _frames._FrameAction
-        strategy = _frames._FrameExecStrategy(action.SKIP, action.DEFAULT)
-        _frames.set_code_exec_strategy(function.__code__, strategy)
-    else:
-        # Before PyTorch 2.7.
-        _frames.skip_code(function.__code__)
+def _exclude_from_compiler(function: Callable[..., Any]) -> bool:
+    """Exclude a function from torch.compile, whether or not the compiler is loaded.
+
+    Returns:
+        Whether this was possible. If not, `torch.compiler.disable` does it, which loads the
+        compiler: that takes longer than to load torch.
+    """
+    try:
+        _frames.set_eval_frame(_frames.set_eval_frame(None))
+        if hasattr(_frames, "set_code_exec_strategy"):
+            action = _frames._FrameAction
+            strategy = _frames._FrameExecStrategy(action.SKIP, action.DEFAULT)
+            _frames.set_code_exec_strategy(function.__code__, strategy)
+        else:
+            # Before PyTorch 2.7.
+            _frames.skip_code(function.__code__)
+    except AttributeError:
+        return False
+    return True
 
 
 def _forget_resolved_keys() -> None:
@@ -253,12 +283,11 @@ def _overload(name: str) -> Any:
 
 def has_kernel_handles() -> bool:
     """Whether this PyTorch has handles that keep a removed kernel alive. From 2.9 on."""
-    return hasattr(torch._C, "_dispatch_get_computed_kernel_for_dispatch_key")
+    return _get_kernel is not None
 
 
 def _kernel_handle(operation: str, key: str) -> Any:
     """Return a handle that keeps the current kernel of an operation alive; None without one."""
     if not has_kernel_handles():
         return None
-    get_kernel: Any = torch._C._dispatch_get_computed_kernel_for_dispatch_key
-    return get_kernel(operation, getattr(DispatchKey, key))
+    return _get_kernel(operation, getattr(DispatchKey, key))

@@ -26,7 +26,6 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import peek_interpreter_stack
 
 from grutrace.capture.kernel_calls import observation
 from grutrace.capture.kernel_calls.caller import KernelCaller, find_caller, find_sorted_indices
@@ -43,6 +42,7 @@ from grutrace.gru.gate_copies import NO_GATES, GateRequest, merge_requests
 from grutrace.gru.kernel import KernelCall
 from grutrace.gru.layout import SequenceLayout
 from grutrace.options import STACK_MODES, Stacks
+from grutrace.torch_internals import innermost_transform, without_torch_functions
 
 CallCallback: TypeAlias = Callable[[KernelRun | SkippedCall], None]
 
@@ -337,10 +337,10 @@ def _observe(
     if skipped is not None:
         _notify([*replacing, *to_notify], skipped)
         return kernel(*arguments)
-    is_transformed = peek_interpreter_stack() is not None or is_wrapped(arguments[0])
+    is_transformed = innermost_transform() is not None or is_wrapped(arguments[0])
     if not (is_known or is_transformed):
         subscriptions[0].remember_weights(weights)
-    with torch._C.DisableTorchFunction():
+    with without_torch_functions():
         result, observe = observation.run_kernel(
             module,
             kernel,

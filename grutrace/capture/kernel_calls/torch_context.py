@@ -17,16 +17,34 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.nn import Parameter
 from torch.utils import checkpoint
-from torch.utils._python_dispatch import _disable_current_modes
+
+from grutrace.torch_internals import (
+    count_dispatch_modes,
+    find,
+    innermost_transform,
+    without_torch_functions,
+)
+
+_clear_transforms = find("torch._functorch.pyfunctorch.temporarily_clear_interpreter_stack")
+_is_functional_tensor = find("torch._is_functional_tensor")
+_is_transformed_tensor = find("torch._C._functorch.is_functorch_wrapped_tensor")
+_is_batched_tensor = find("torch._C._functorch.is_batchedtensor")
+_get_unwrapped = find("torch._C._functorch.get_unwrapped")
+_set_forward_ad_enabled = find("torch.autograd.forward_ad._set_fwd_grad_enabled")
+_disable_current_modes = find("torch.utils._python_dispatch._disable_current_modes")
+_backward_pass_id = find("torch._C._current_graph_task_id")
+_is_tracing = find("torch._C._is_tracing", find("torch.jit.is_tracing"))
 
 #: Dispatch modes that capture calls in a graph.
 _GRAPH_MODES = tuple(
-    getattr(torch._C._TorchDispatchModeKey, name) for name in ("FAKE", "PROXY", "FUNCTIONAL")
+    getattr(find("torch._C._TorchDispatchModeKey", None), name, None)
+    for name in ("FAKE", "PROXY", "FUNCTIONAL")
 )
+
+#: Return the active dispatch mode of a key. Without it, graphs are known by their FakeTensors.
+_get_graph_mode = find("torch._C._get_dispatch_mode", lambda _: None)
 
 
 @dataclass(frozen=True)
@@ -42,11 +60,9 @@ class SkippedCall:
 
 def unsupported_reason(values: Iterable[Any]) -> SkippedCall | None:
     """Return why a call with these tensors cannot be recorded; None if it can be recorded."""
-    if torch._C._is_tracing():
+    if _is_tracing():
         return SkippedCall("torch.jit.trace was tracing it: record the original model instead")
-    if torch._C._len_torch_dispatch_stack() and any(
-        torch._C._get_dispatch_mode(mode) is not None for mode in _GRAPH_MODES
-    ):
+    if count_dispatch_modes() and any(_get_graph_mode(mode) is not None for mode in _GRAPH_MODES):
         return _no_data("it was being captured in a graph")
     # First the common case, because this runs in every call.
     for value in _flatten([value for value in values if not _is_ordinary(value)]):
@@ -59,7 +75,7 @@ def unsupported_reason(values: Iterable[Any]) -> SkippedCall | None:
             )
         if inner.is_meta or type(inner).__torch_dispatch__ is not Tensor.__torch_dispatch__:
             return _no_data(f"it was called with a {type(inner).__name__} on {inner.device}")
-        if torch._is_functional_tensor(inner):
+        if _is_functional_tensor(inner):
             return _no_data("it was called within torch.func.functionalize")
         if inner.is_complex():
             return SkippedCall("it is complex: only real layers can be traced")
@@ -82,13 +98,13 @@ def unwrap_functorch(value: Tensor) -> Tensor:
 
 def is_wrapped(value: Tensor) -> bool:
     """Whether a transform of torch.func wraps a tensor."""
-    wrapped: bool = torch._C._functorch.is_functorch_wrapped_tensor(value)
-    return wrapped or torch._is_functional_tensor(value)
+    wrapped: bool = _is_transformed_tensor(value)
+    return wrapped or _is_functional_tensor(value)
 
 
 def is_checkpoint_recompute() -> bool:
     """Whether activation checkpointing repeats an earlier call for the backward pass."""
-    return torch._C._current_graph_task_id() != -1 and _is_called_from(checkpoint.__file__)
+    return _backward_pass_id() != -1 and _is_called_from(checkpoint.__file__)
 
 
 def is_checkpoint_forward() -> bool:
@@ -124,7 +140,7 @@ def other_checkpoints() -> list[Any]:
 
 def is_transformed() -> bool:
     """Whether a transform of torch.func is active."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    return innermost_transform() is not None
 
 
 @contextmanager
@@ -133,10 +149,10 @@ def isolated_context() -> Iterator[None]:
 
     The same kernels run as in the model, so a GRU gives the same bits.
     """
-    modes = torch._C._len_torch_dispatch_stack()
-    levels = torch._C._functorch.peek_interpreter_stack() is not None
+    modes = count_dispatch_modes()
+    levels = innermost_transform() is not None
     # In this order, because function modes observe calls that switch gradients off and on.
-    with torch._C.DisableTorchFunction(), torch.no_grad(), _set_fwd_grad_enabled(False):
+    with without_torch_functions(), torch.no_grad(), _set_forward_ad_enabled(False):
         if not modes and not levels:
             yield
             return
@@ -144,24 +160,24 @@ def isolated_context() -> Iterator[None]:
             if modes:
                 stack.enter_context(_disable_current_modes())
             if levels:
-                stack.enter_context(temporarily_clear_interpreter_stack())
+                stack.enter_context(_clear_transforms())
             yield
 
 
 def isolated_copy_context() -> AbstractContextManager[None]:
     """Return a cheap context for copying and comparing tensors only.
 
-    To be used within `torch._C.DisableTorchFunction`. It costs a tenth of `isolated_context`, which
+    To be used within `without_torch_functions`. It costs a tenth of `isolated_context`, which
     matters for a decoder that calls its layer at every step: a single dispatcher guard, below
     autograd and forward-mode differentiation. Matrix products can differ in the last digits there;
     those of a batch-first layer without biases do.
     """
-    modes = torch._C._len_torch_dispatch_stack()
-    levels = torch._C._functorch.peek_interpreter_stack() is not None
+    modes = count_dispatch_modes()
+    levels = innermost_transform() is not None
     return isolated_context() if modes or levels else _beneath_autograd()
 
 
-_beneath_autograd: Any = torch._C._AutoDispatchBelowADInplaceOrView
+_beneath_autograd = find("torch._C._AutoDispatchBelowADInplaceOrView", isolated_context)
 
 
 def dynamo_loaded() -> bool:
@@ -203,11 +219,11 @@ def _flatten(values: Iterable[Any]) -> list[Any]:
 def _unwrap(value: Tensor) -> tuple[bool, Tensor]:
     """Return whether vmap has batched a tensor, and the tensor inside all wrappers."""
     batched = False
-    while torch._C._functorch.is_functorch_wrapped_tensor(value):
-        batched = batched or torch._C._functorch.is_batchedtensor(value)
-        if torch._is_functional_tensor(value):
+    while _is_transformed_tensor(value):
+        batched = batched or _is_batched_tensor(value)
+        if _is_functional_tensor(value):
             break
-        value = torch._C._functorch.get_unwrapped(value)
+        value = _get_unwrapped(value)
     return batched, value
 
 

@@ -20,6 +20,7 @@ from grutrace.gru.kernel import CellWeights
 from grutrace.intervention.recurrence.edits import Edits
 from grutrace.intervention.recurrence.held_steps import can_hold, run_held_steps
 from grutrace.intervention.recurrence.steps import DirectionResult, DirectionRun, StepGates
+from grutrace.torch_internals import innermost_transform
 
 
 def run_step(
@@ -111,7 +112,7 @@ def _can_run_in_place(run: DirectionRun) -> bool:
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled(run.input.device.type)
         and forward_ad._current_level < 0
-        and torch._C._functorch.peek_interpreter_stack() is None
+        and innermost_transform() is None
     )
 
 
