@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -21,7 +21,7 @@ def about() -> dict[str, str]:
     """Return date, machine, threads and versions, also of the peers."""
     packages = dict.fromkeys(["grutrace", "torch", "numpy", "h5py", *(p.package for p in PEERS)])
     return {
-        "date": datetime.now(UTC).date().isoformat(),
+        "date": datetime.now(timezone.utc).date().isoformat(),
         "processor": processor(),
         "system": f"{platform.system()} {platform.machine()}",
         "cores": str(os.cpu_count()),

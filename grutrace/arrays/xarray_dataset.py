@@ -6,7 +6,7 @@ N steps, S sequences, L steps of the longest sequence, H units, I features.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -172,7 +172,7 @@ class _DatasetBuilder:
     def attributes(self) -> dict[str, str | int]:
         """Attributes of the Dataset: strings and numbers, which every file format supports."""
         header = self._snapshot.header
-        created = datetime.fromtimestamp(header.created, UTC).isoformat(timespec="seconds")
+        created = datetime.fromtimestamp(header.created, timezone.utc).isoformat(timespec="seconds")
         return {
             "site": self.site.name,
             "module": header.modules[self._module].path,

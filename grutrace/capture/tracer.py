@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from inspect import signature
 from types import TracebackType
-from typing import Any, Literal, Self, TypedDict, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 from torch import nn
 from torch.amp import GradScaler
@@ -39,6 +39,9 @@ from grutrace.records import DEFAULT_RECORD
 from grutrace.storage.open import SinkFactory
 from grutrace.storage.read.snapshot import TraceSnapshot
 from grutrace.storage.read.trace import Trace
+
+if TYPE_CHECKING:
+    from typing_extensions import Self, Unpack
 
 
 class Tracer(Trace):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from typing import Any
 
 import numpy as np
@@ -44,7 +44,9 @@ def describe(trace: Trace, name: str) -> dict[str, Any]:
         "selection": trace.selection,
         "shards": [dataclasses.asdict(shard) for shard in trace.snapshot.tables.shards],
         "model": header.model,
-        "created": datetime.fromtimestamp(header.created, UTC).isoformat(timespec="seconds"),
+        "created": datetime.fromtimestamp(header.created, timezone.utc).isoformat(
+            timespec="seconds"
+        ),
         "closed": trace.closed,
         "versions": dict(header.versions),
         "options": dict(header.options),

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 
 from grutrace.errors import (
@@ -168,7 +168,9 @@ def _attributes(snapshot: TraceSnapshot) -> dict[str, str | int | float]:
     return {
         "source": "grutrace",
         "model": header.model,
-        "created": datetime.fromtimestamp(header.created, UTC).isoformat(timespec="seconds"),
+        "created": datetime.fromtimestamp(header.created, timezone.utc).isoformat(
+            timespec="seconds"
+        ),
         "versions": json.dumps(dict(header.versions)),
         "options": json.dumps(dict(header.options)),
     }

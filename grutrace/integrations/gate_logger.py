@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import nn
 
@@ -20,6 +20,9 @@ from grutrace.integrations.figures import Figures, figures_of
 from grutrace.records import DEFAULT_RECORD
 from grutrace.statistics.histogram import BINS
 from grutrace.statistics.running import Statistics
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 #: Default number of batches between two logs, as of Lightning's ``log_every_n_steps``.
 LOG_EVERY = 50

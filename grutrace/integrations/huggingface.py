@@ -8,11 +8,14 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any
 
 from grutrace.errors import OptionError, require_extra
 from grutrace.integrations.gate_logger import LOG_EVERY, GateLogger, Log, as_logs
 from grutrace.statistics.histogram import BINS
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 with require_extra("GateCallback", "integrations"):
     from transformers import TrainerCallback

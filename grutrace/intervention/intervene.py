@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor, nn
@@ -35,6 +35,9 @@ from grutrace.intervention.settings import Setting, make_settings
 from grutrace.intervention.step_counter import Progress, StepCounter
 from grutrace.intervention.values import Align, Tokens, Values
 from grutrace.reprs import wrap_text
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class _GuardedRecompute:

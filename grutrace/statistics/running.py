@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -35,6 +35,9 @@ from grutrace.storage.format.shard_stamp import read_shard
 from grutrace.storage.read.lazy_rows import blocks
 from grutrace.storage.read.trace import Trace
 from grutrace.storage.write.writer_thread import WriterThread
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 #: Default interval between two saves, in seconds.
 SAVE_SECONDS = 10.0

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import Any, Generic, Protocol, Self, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -25,6 +25,9 @@ from grutrace.analysis.engine.site_data import SiteData, SiteLike, as_site_data,
 from grutrace.errors import OptionError, require_extra
 from grutrace.records import Array
 from grutrace.storage.read.lazy_rows import LazyRows, block_slices, items_per_block
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 #: Largest number of threads. Each holds a block of rows, and they share the reading.
 MAX_THREADS = 4

@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Literal, Self, TypeAlias, get_args
+from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,9 @@ from grutrace.gru.gate_copies import NO_GATES
 from grutrace.options import DEFAULT_STATE_MEMORY, STACK_MODES, Check, CompiledCode, Stacks
 from grutrace.records import FORWARD_QUANTITIES, Site
 from grutrace.reprs import wrap_text
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 #: Which calls a trace holds: all with the present weights, or the last of each module.
 Keep: TypeAlias = Literal["all", "last"]

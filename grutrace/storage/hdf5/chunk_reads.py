@@ -9,13 +9,16 @@ from __future__ import annotations
 import os
 import weakref
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any
 
 import h5py
 import numpy as np
 from h5py import h5d, h5f, h5t
 
 from grutrace.records import Array
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 #: Fewest bytes that are read in this way: fewer are read as fast by HDF5.
 SMALLEST = 512 * 1024

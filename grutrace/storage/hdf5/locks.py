@@ -12,7 +12,10 @@ import os
 import time
 from pathlib import Path
 from types import ModuleType
-from typing import Self
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 fcntl: ModuleType | None
 try:
