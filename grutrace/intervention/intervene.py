@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -19,16 +17,13 @@ from grutrace.capture.kernel_calls.replacement import InterceptedCall, PreparedC
 from grutrace.capture.kernel_calls.subscription import Subscription
 from grutrace.capture.kernel_calls.torch_context import (
     SkippedCall,
-    is_checkpoint_forward,
-    is_wrapped,
-    isolated_context,
-    other_checkpoints,
-    reentrant_checkpoints,
+    active_checkpoints,
     unwrap_functorch,
 )
 from grutrace.capture.selection import SelectedModule
 from grutrace.errors import GrutraceWarning, StateError, UnsupportedError, join_names
 from grutrace.intervention.bound import BoundSetting
+from grutrace.intervention.checkpointed_calls import CheckpointedCalls, Starts, context_of
 from grutrace.intervention.replaced_call import PreparedIntervention
 from grutrace.intervention.selection import Numbers, Steps
 from grutrace.intervention.settings import Setting, make_settings
@@ -40,26 +35,6 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class _GuardedRecompute:
-    """Repeats a checkpointed call, unless a block in which it was made has ended.
-
-    Args:
-        recompute: Repeats the call.
-
-    Attributes:
-        refusals: By the event that ends a block, a function that raises an error after it.
-    """
-
-    def __init__(self, recompute: Callable[..., Any]) -> None:
-        self._recompute = recompute
-        self.refusals: dict[threading.Event, Callable[[None], None]] = {}
-
-    def __call__(self, *args: Any) -> Any:
-        for refuse in self.refusals.values():
-            refuse(None)
-        return self._recompute(*args)
-
-
 class ModuleIntervention:
     """The settings of one module, in one block.
 
@@ -69,7 +44,6 @@ class ModuleIntervention:
     Attributes:
         was_called: Whether the module was called.
         applied: The settings that applied to a step.
-        has_ended: Whether the block has ended.
     """
 
     def __init__(self, settings: Sequence[Setting]) -> None:
@@ -79,76 +53,53 @@ class ModuleIntervention:
         self._counts = any(setting.depends_on_step for setting in settings)
         self.was_called = False
         self.applied: set[Setting] = set()
-        self.has_ended = threading.Event()
-        # Whether activation checkpointing ran a call in the block.
-        self._has_checkpointed = False
+        self._checkpointed = CheckpointedCalls(_names(settings))
+
+    def end(self) -> None:
+        """End the block."""
+        self._checkpointed.end()
 
     def prepare(self, active: Sequence[Replacement], call: InterceptedCall) -> PreparedCall:
         """Prepare a call with the settings of all blocks."""
         settings: dict[tuple[int, bool], list[BoundSetting]] = {}
-        noted = []
+        noted: list[tuple[ModuleIntervention, Progress | None]] = []
         sizes = _sizes(call)
+        checkpoints = active_checkpoints()
         interventions = [each for each in active if isinstance(each, ModuleIntervention)]
         # Sorting takes as long as a small step.
         counts = any([intervention._counts for intervention in interventions])
         columns = np.argsort(call.layout.columns) if counts else np.empty(0, np.int64)
         for intervention in interventions:
             intervention.was_called = True
-            progress = intervention._progress(call, columns)
-            noted.append((intervention, progress))
+            repeated = intervention._checkpointed.find_repeated(checkpoints)
+            if repeated is None:
+                progress = intervention._progress(call, columns)
+                noted.append((intervention, progress))
+            else:
+                progress = intervention._progress_of_repeat(call, columns, repeated)
+            # A checkpoint that is repeated runs those within it anew.
+            intervention._checkpointed.note(checkpoints, call.call.initial, progress)
             for setting in intervention._settings:
                 needed = progress if setting.depends_on_step else None
                 bound = BoundSetting(setting, needed, sizes)
                 settings.setdefault((setting.layer, setting.reverse), []).append(bound)
 
         def finish(final: Tensor) -> None:
-            if call.is_recompute or call.call.bidirectional:
+            if call.call.bidirectional:
                 return
             for intervention, progress in noted:
                 if progress is not None:
-                    with intervention._lock, _context_of(final):
+                    with intervention._lock, context_of(final):
                         own = unwrap_functorch(final)
                         intervention._counter.add(own, progress, call.layout.lengths[columns])
 
-        applied: list[ModuleIntervention] = []
-
-        def guard(output: Tensor, final: Tensor) -> None:
-            if is_checkpoint_forward() and not call.is_recompute:
-                for intervention in applied:
-                    intervention._guard(output, final)
-
-        prepared = PreparedIntervention(call, settings, finish, guard)
+        prepared = PreparedIntervention(call, settings, finish)
         for intervention in interventions:
             own = prepared.applied & set(intervention._settings)
             intervention.applied |= own
             if own:
-                applied.append(intervention)
-                if call.is_recompute and not intervention._has_checkpointed:
-                    raise UnsupportedError(
-                        f"intervene: {_names(intervention._settings)}: activation checkpointing "
-                        "repeats a call that was made outside the block: call backward() outside "
-                        "the block, too"
-                    )
+                intervention._checkpointed.guard(checkpoints)
         return prepared
-
-    def _guard(self, output: Tensor, final: Tensor) -> None:
-        """Refuse a backward pass after the block, which would repeat the call without settings.
-
-        Args:
-            output: The output of a call that activation checkpointing runs.
-            final: Its final states.
-        """
-        self._has_checkpointed = True
-        # The hooks keep this intervention's states no longer than it lives itself.
-        refuse = partial(_refuse_late_backward, self.has_ended, _names(self._settings))
-        nodes = {output.grad_fn, final.grad_fn, *reentrant_checkpoints()} - {None}
-        for node in nodes:
-            node.register_prehook(refuse)
-        # A call without gradients has no node, and is repeated all the same.
-        for each in other_checkpoints():
-            if not isinstance(each.recompute_fn, _GuardedRecompute):
-                each.recompute_fn = _GuardedRecompute(each.recompute_fn)
-            each.recompute_fn.refusals[self.has_ended] = refuse
 
     def _progress(self, call: InterceptedCall, columns: np.ndarray) -> Progress | None:
         """Return how far the sequences of a call have come; None if no setting needs to know."""
@@ -157,38 +108,20 @@ class ModuleIntervention:
         if call.call.bidirectional:
             return Progress(np.zeros(len(columns), np.int64), columns)
         initial = call.call.initial
-        with self._lock, _context_of(initial):
-            progress = self._counter.before(unwrap_functorch(initial), columns)
-        if call.is_recompute and call.call.num_steps == 1 and not progress.is_known:
-            # Counting from 0 could set other steps than the forward pass did.
-            raise UnsupportedError(
-                "activation checkpointing recomputes one step of a decoder, and the state that it "
-                "starts from is no longer known: set gates at all steps, by a number or an array "
-                "without steps, or do not checkpoint single steps"
-            )
-        return progress
+        with self._lock, context_of(initial):
+            return self._counter.before(unwrap_functorch(initial), columns)
 
-
-def _context_of(states: Tensor) -> AbstractContextManager[None]:
-    """Return a context in which states inside a transform of torch.func can be read."""
-    return isolated_context() if is_wrapped(states) else nullcontext()
+    def _progress_of_repeat(
+        self, call: InterceptedCall, columns: np.ndarray, repeated: Starts
+    ) -> Progress | None:
+        """Return how far the sequences had come before the call that is repeated."""
+        if not self._counts or call.call.bidirectional:
+            return self._progress(call, columns)
+        return self._checkpointed.progress_of(repeated, call.call.initial)
 
 
 def _names(settings: Sequence[Setting]) -> str:
     return join_names(dict.fromkeys(setting.what for setting in settings))
-
-
-def _refuse_late_backward(has_ended: threading.Event, names: str, _: Any) -> None:
-    """Refuse the backward pass of a checkpointed call if the block has ended.
-
-    Raises:
-        UnsupportedError: It has.
-    """
-    if has_ended.is_set():
-        raise UnsupportedError(
-            f"intervene: {names}: the call ran in an activation checkpoint, which runs it again in "
-            "the backward pass, and the block has ended: call backward() within the block"
-        )
 
 
 def _sizes(call: InterceptedCall) -> list[int]:
@@ -251,7 +184,7 @@ class Intervention:
 
     def _stop(self) -> None:
         for module in self._modules:
-            module.has_ended.set()
+            module.end()
         while self._subscriptions:
             self._subscriptions[-1].stop()
             self._subscriptions.pop()

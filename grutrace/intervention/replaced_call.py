@@ -29,7 +29,6 @@ class PreparedIntervention:
         call: The call.
         settings: By layer and direction, the settings that apply to the call, in order.
         finish: Called with the final states.
-        guard: Called with the output and the final states, if a setting applies to the call.
 
     Attributes:
         applied: The settings that apply to a step of the call.
@@ -40,9 +39,8 @@ class PreparedIntervention:
         call: InterceptedCall,
         settings: dict[tuple[int, bool], list[BoundSetting]],
         finish: Callable[[Tensor], None],
-        guard: Callable[[Tensor, Tensor], None],
     ) -> None:
-        self._call, self._finish, self._guard = call, finish, guard
+        self._call, self._finish = call, finish
         self._orders = {
             bool(reverse): step_order(call, bool(reverse))
             for reverse in range(call.call.directions)
@@ -85,7 +83,6 @@ class PreparedIntervention:
             finals.append(final)
             gates.append(layer_gates)
         final = finals[0] if len(finals) == 1 else torch.cat(finals)
-        self._guard(layers[-1].output, final)
         return ReplacedCall(layers[-1].output, final, layers, gates)
 
     def _run_layer(

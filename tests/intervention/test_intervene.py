@@ -726,30 +726,137 @@ def test_a_checkpointed_call_without_gradients_is_repeated_as_it_ran_or_refused(
     assert not torch.allclose(torch.autograd.grad(model(head), head)[0], expected)
 
 
-def test_checkpointing_single_steps_of_a_decoder_is_exact_or_refused() -> None:
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_from_outside_is_told_from_one_of_the_block(reentrant: bool) -> None:
+    """Two calls of the same layer, with the same values, one of them made outside."""
     from torch.utils.checkpoint import checkpoint
 
-    model, x = Decoder("cell"), torch.randn(30, 2, 3, dtype=torch.float64)
+    layer, x = gru(3, 5), torch.randn(6, 2, 3, dtype=torch.float64, requires_grad=True)
+    settings: dict[str, Any] = {"l0": {"update": 0.3}}
 
-    def run(steps: int, cell: Any) -> Tensor:
-        state = torch.ones(2, 5, dtype=torch.float64)
-        for step in x[:steps]:
-            state = cell(step, state)
-        gradients: Tensor = torch.autograd.grad(state.sin().sum(), model.rnn.weight_hh)[0]
-        return gradients
+    def run() -> Any:
+        return checkpoint(layer, x, use_reentrant=reentrant)[0].sin().sum()
 
-    def checkpointed(step: Tensor, state: Tensor) -> Any:
-        return checkpoint(model.rnn, step, state, use_reentrant=False)
+    def gradients(loss: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        x.grad = layer.weight_hh_l0.grad = None
+        loss.backward(**options)
+        return x.grad, layer.weight_hh_l0.grad  # type: ignore[return-value]
 
-    with grutrace.intervene(model, "rnn.cell", update=0.3, steps=slice(2, None)):
-        expected = run(8, model.rnn)
-    intervention = grutrace.intervene(model, "rnn.cell", update=0.3, steps=slice(2, None))
-    with pytest.raises(grutrace.UnsupportedError, match="no longer known"), intervention:
-        run(30, checkpointed)
-    with grutrace.intervene(model, "rnn.cell", update=0.3):
-        everywhere = run(30, model.rnn)
-        assert torch.equal(run(30, checkpointed), everywhere)
-    assert not torch.equal(expected, everywhere)
+    with grutrace.intervene(layer, settings):
+        expected = gradients(layer(x)[0].sin().sum())
+    untouched = gradients(layer(x)[0].sin().sum())
+    outside, kept = run(), run()
+    with grutrace.intervene(layer, settings) as block:
+        within, twice, later = run(), run(), run()
+        with pytest.raises(grutrace.UnsupportedError, match="made outside the block"):
+            gradients(outside)
+        assert x.grad is None
+        assert all(map(torch.equal, gradients(within), expected))
+        assert all(map(torch.equal, gradients(twice, retain_graph=True), expected))
+        assert all(map(torch.equal, gradients(twice), expected))
+    assert all(map(torch.equal, gradients(kept), untouched))
+    # The same block again is another one.
+    with block:
+        run()
+        with pytest.raises(grutrace.UnsupportedError, match="the block has ended"):
+            gradients(later)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoints_and_nested_blocks(reentrant: bool) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    layer, x = gru(3, 5), torch.randn(6, 2, 3, dtype=torch.float64, requires_grad=True)
+
+    def run(model: Any = layer) -> Any:
+        return model(x)[0].sin().sum()
+
+    checkpointed = partial(checkpoint, layer, use_reentrant=reentrant)
+    with grutrace.intervene(layer, "l0", update=0.3, units=[0]):
+        of_outer = run(checkpointed)
+        with grutrace.intervene(layer, "l0", update=0.6, units=[1]):
+            run().backward()
+            expected, x.grad = x.grad, None
+            of_both, of_both_late = run(checkpointed), run(checkpointed)
+            with pytest.raises(grutrace.UnsupportedError, match="made outside the block"):
+                of_outer.backward()
+            of_both.backward()
+            assert torch.equal(x.grad, expected)
+        with pytest.raises(grutrace.UnsupportedError, match="the block has ended"):
+            of_both_late.backward()
+        x.grad = None
+        run().backward()
+        expected, x.grad = x.grad, None
+        run(checkpointed).backward()
+        assert torch.equal(x.grad, expected)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("kind", ["gru", "cell"])
+def test_a_block_within_a_checkpoint_is_repeated_with_it(kind: str, reentrant: bool) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    decoder = Decoder(kind)
+    x = torch.randn(6, 2, 3, dtype=torch.float64, requires_grad=True)
+
+    def run(x: Tensor, steps: slice = slice(2, 4)) -> Any:
+        with grutrace.intervene(
+            decoder, f"rnn.{'cell' if kind == 'cell' else 'l0'}", update=0.3, steps=steps
+        ):
+            return decoder(x)
+
+    run(x).sin().sum().backward()
+    expected, x.grad = x.grad, None
+    assert expected is not None
+    output: Any = checkpoint(run, x, use_reentrant=reentrant)
+    output.sin().sum().backward()
+    assert torch.equal(x.grad, expected)
+    # The control: other steps, other gradients.
+    x.grad = None
+    run(x, slice(1, 4)).sin().sum().backward()
+    assert not torch.allclose(x.grad, expected)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_checkpointing_parts_of_a_sequence_is_exact(steps: int, reentrant: bool) -> None:
+    """More calls than are remembered: each is repeated as it ran."""
+    from torch.utils.checkpoint import checkpoint
+
+    layer, x = gru(3, 5), torch.randn(60, 2, 3, dtype=torch.float64)
+
+    def run(layer: Any, first: int) -> Tensor:
+        x.grad, state, total = None, torch.ones(1, 2, 5, dtype=torch.float64), torch.zeros(())
+        with grutrace.intervene(model, "l0", update=0.3, steps=slice(first, None)):
+            for part in x.requires_grad_().split(steps):
+                output, state = layer(part, state)
+                total = total + output.sin().sum()
+            total.backward()
+        assert x.grad is not None
+        return x.grad
+
+    model = layer
+    expected = run(layer, 3)
+    assert torch.equal(run(partial(checkpoint, layer, use_reentrant=reentrant), 3), expected)
+    # The control: counted from another step, other gradients.
+    assert not torch.allclose(run(layer, 2), expected)
+
+
+def test_a_checkpoint_whose_calls_start_from_the_same_states_is_refused() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    decoder, x = Decoder("cell"), torch.randn(6, 2, 3, dtype=torch.float64, requires_grad=True)
+
+    def run(first: int) -> Any:
+        # All states are zeros before the first step that is set.
+        with grutrace.intervene(
+            decoder, {"rnn.cell": {"hidden": lambda h, at: h if at.step >= first else h.zero_()}}
+        ):
+            checkpoint(decoder, x, use_reentrant=False).sin().sum().backward()
+
+    with pytest.raises(grutrace.UnsupportedError, match="or more than one"):
+        run(3)
+    run(0)
 
 
 def test_the_repr() -> None:

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -112,30 +112,41 @@ def is_checkpoint_forward() -> bool:
     return _is_called_from(checkpoint.__file__)
 
 
-def reentrant_checkpoints() -> list[Any]:
-    """Return the nodes of the reentrant checkpoints that run this call in their forward pass."""
-    nodes, frame = [], sys._getframe()
-    while frame is not None:
-        code = frame.f_code
-        if code.co_filename == checkpoint.__file__ and code.co_name == "forward":
-            nodes.append(frame.f_locals.get("ctx"))
-        frame = frame.f_back  # type: ignore[assignment]
-    return [node for node in nodes if node is not None]
+class Checkpoints(NamedTuple):
+    """The activation checkpoints around a call, the innermost first.
 
+    Each is the object that PyTorch keeps from the forward pass to the backward pass: the node of a
+    reentrant checkpoint; of another one the frame, whose ``recompute_fn`` repeats the call.
 
-def other_checkpoints() -> list[Any]:
-    """Return the checkpoints that are not reentrant and run this call in their forward pass.
-
-    PyTorch calls the attribute ``recompute_fn`` of each to repeat the call.
+    Attributes:
+        forward: Those that run the call in their forward pass.
+        repeating: Those that repeat it for the backward pass.
     """
-    found, frame = [], sys._getframe()
+
+    forward: list[Any]
+    repeating: list[Any]
+
+
+def active_checkpoints() -> Checkpoints:
+    """Return the activation checkpoints around this call."""
+    forward: list[Any] = []
+    repeating: list[Any] = []
+    frame = sys._getframe()
     while frame is not None:
         if frame.f_code.co_filename == checkpoint.__file__:
-            # Its generator is suspended while the function runs.
-            suspended = getattr(frame.f_locals.get("gen"), "gi_frame", None)
-            found.append(None if suspended is None else suspended.f_locals.get("new_frame"))
+            name, values = frame.f_code.co_name, frame.f_locals
+            if name in ("forward", "backward") and "ctx" in values:
+                (forward if name == "forward" else repeating).append(values["ctx"])
+            elif hasattr(values.get("frame"), "recompute_fn"):
+                repeating.append(values["frame"])
+            else:
+                # Its generator is suspended while the function runs.
+                suspended = getattr(values.get("gen"), "gi_frame", None)
+                made = None if suspended is None else suspended.f_locals.get("new_frame")
+                if hasattr(made, "recompute_fn"):
+                    forward.append(made)
         frame = frame.f_back  # type: ignore[assignment]
-    return [each for each in found if hasattr(each, "recompute_fn")]
+    return Checkpoints(forward, repeating)
 
 
 def is_transformed() -> bool:
