@@ -31,7 +31,7 @@ core=(tests/gru tests/capture/kernel_calls tests/capture tests/integration tests
     tests/test_lattice.py tests/test_systems.py)
 # What the core imports, beside what grutrace needs.
 runners=("pytest>=8,<9.2" "pytest-xdist>=3.6" "hypothesis>=6.100" "expecttest>=0.2" "typer>=0.12"
-    dask h5netcdf hdf5plugin netCDF4 pandas)
+    dask h5netcdf hdf5plugin netCDF4 pandas xarray)
 
 folder=${MATRIX:-matrix}
 mkdir -p "$folder" || exit 2

@@ -100,5 +100,11 @@ def test_functionalize_is_recorded(model, batch) -> None:
     expected, eager = eagerly(model, lambda: model(batch))
     with words() as messages, trace(model) as tracer:
         assert torch.equal(torch.func.functionalize(model)(batch), expected)
+    if not len(tracer.calls):
+        # Up to PyTorch 2.9, or a little later, it does not run the kernels of the operations.
+        assert torch.__version__ < (2, 13)
+        assert len(messages) == 1
+        assert messages[0].startswith("nothing was recorded of stack, layer, cell")
+        return
     assert not messages
     assert_same(eager, tracer)

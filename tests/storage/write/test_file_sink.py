@@ -493,7 +493,9 @@ def test_a_forked_child_cannot_append(path):
 
 
 FORKING = """
-import os, sys, time
+import os, sys, time, warnings
+# Python warns of any fork beside threads, from 3.12 on.
+warnings.filterwarnings("ignore", ".*multi-threaded, use of fork", DeprecationWarning)
 from tests.storage import coded
 from grutrace.storage.open import open_source
 from grutrace.storage.write.file_sink import FileSink
