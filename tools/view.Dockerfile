@@ -1,4 +1,5 @@
-# The live view of the traces in a folder, from a checkout. Not built yet: its steps were tried in a virtual environment.
+# The live view of the traces in a folder, from a checkout. Not built yet: its steps were run in a virtual
+# environment, without a compiler, with Python 3.11.
 #
 #     docker build -f tools/view.Dockerfile -t grutrace-view .
 #     docker run --rm --init --network host -v "$PWD/runs:/runs:ro" grutrace-view /runs --port 5006

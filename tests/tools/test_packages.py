@@ -113,4 +113,5 @@ def test_the_conda_recipe_has_the_version_and_the_requirements() -> None:
         f"{names.get(name, name)} {versions}"
         for name, versions in (re.fullmatch(r"([a-z0-9]+)(.+)", line).groups() for line in wanted)
     }
-    assert set(recipe["requirements"]["run"]) == {"python", *expected}
+    expected.add(f"python {project['requires-python']}")
+    assert set(recipe["requirements"]["run"]) == expected
