@@ -369,6 +369,8 @@ class Streak:
 
     def __init__(self) -> None:
         self._expected = 0
+        # Calls of the full series since the last one that was not.
+        self._in_full = 0
         self._shape: torch.Size | None = None
 
     def capacity(self, run: KernelRun) -> int:
@@ -382,9 +384,13 @@ class Streak:
 
     def end(self, series: SeriesBuffer) -> None:
         """Note that a series takes no more calls."""
-        is_full = series.count == series.capacity
-        self._expected = 2 * series.count if is_full else series.count
-        if series.count < 2:
+        if series.count == series.capacity:
+            self._expected = 2 * series.count
+            self._in_full += series.count
+            return
+        # It may have continued the full ones, as at the end of a decoder's sequence.
+        self._expected, self._in_full = series.count + self._in_full, 0
+        if self._expected < 2:
             self._shape = None
 
 

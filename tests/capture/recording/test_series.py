@@ -462,3 +462,27 @@ def test_a_series_has_room_for_as_many_calls_as_were_alike(patient, monkeypatch)
         for _ in range(600):
             cell(torch.randn(2, 3))
     assert capacities == [4, 8, 16, 32, 64, 128, 256, 256]
+
+
+@pytest.mark.parametrize("steps", [7, 20, 33])
+def test_each_sequence_of_a_decoder_is_one_series(steps, patient, monkeypatch) -> None:
+    """Once the first sequences have shown how long they are."""
+    counts: list[int] = []
+    end = series_buffer.Streak.end
+
+    def noted(streak: series_buffer.Streak, series: SeriesBuffer) -> None:
+        counts.append(series.count)
+        end(streak, series)
+
+    monkeypatch.setattr(series_buffer.Streak, "end", noted)
+    torch.manual_seed(0)
+    encoder, cell = nn.GRU(3, 4), nn.GRUCell(3, 4)
+    model = nn.ModuleList([encoder, cell])
+    with grutrace.trace(model, gates="deferred"):
+        for sequence in range(12):
+            state = encoder(torch.randn(5, 2, 3))[1][0]
+            if sequence == 6:
+                counts.clear()
+            for _ in range(steps):
+                state = cell(torch.randn(2, 3), state)
+    assert counts == [steps] * 6
