@@ -261,11 +261,12 @@ class Journal:
                     self._close_group()
                     group = SeriesGroup()
                 capacity = self._streaks[module].capacity(run)
-                if checked.is_new or not capacity:
+                if not capacity:
                     return False
                 arguments = run, checked, tag, batches, capacity, self._buffer
                 series = self._recorders[module].new_series(*arguments)
                 group.series[module] = series
+                self._bytes += series.nbytes
                 if group is not self._group:
                     self._group = group
                     self._entries.append(group)

@@ -30,6 +30,11 @@ class CheckedWeights(NamedTuple):
     is_certain: bool
     is_new: bool
 
+    @property
+    def new_nbytes(self) -> int:
+        """Bytes of the copies of the weights, if they are new."""
+        return sum(weight.nbytes for weight in self.version.weights) if self.is_new else 0
+
 
 class JournalEntry:
     """An observed call that waits in the journal.

@@ -203,9 +203,7 @@ class ModuleRecorder:
             entry.run = run.copied(weights, buffer.copy, input, output)
         else:
             entry.run = run.with_weights(weights)
-        if checked.is_new:
-            # The call keeps copies of these weights.
-            entry.nbytes += sum(weight.nbytes for weight in weights)
+        entry.nbytes += checked.new_nbytes
         return entry
 
     def new_series(
@@ -228,6 +226,7 @@ class ModuleRecorder:
             batches,
             capacity,
             buffer,
+            new_nbytes=checked.new_nbytes,
             shares_input=shares_input and has_dtype(run.output, self._rows.dtype),
             shares_output=shares_output and has_dtype(run.output, self._rows.dtype),
             shares_gates=has_dtype(run.output, self._rows.dtype),

@@ -64,6 +64,7 @@ class SeriesBuffer:
         batches: The batches of the calls' recording block; None without one.
         capacity: Maximum number of calls.
         buffer: Memory for the copies.
+        new_nbytes: Bytes of the weights, if they are new with the first call.
         shares_input: Whether the copies of the input can be rows of the trace.
         shares_output: Whether the copies of the output can be rows of the trace.
         shares_gates: Whether the copies of the gates can be rows of the trace.
@@ -91,13 +92,14 @@ class SeriesBuffer:
         capacity: int,
         buffer: CopyBuffer,
         *,
+        new_nbytes: int,
         shares_input: bool,
         shares_output: bool,
         shares_gates: bool,
     ) -> None:
         self.module, self.version, self.versions = module, version, versions
         self.tag, self.batches, self.training = tag, batches, run.training
-        self.capacity, self.count = capacity, 0
+        self.capacity, self.count, self._new_nbytes = capacity, 0, new_nbytes
         # Without the model's own tensors, which it would keep alive.
         self._template = run.with_weights(version.weights).without_values()
         arguments, output = run.arguments, run.output
@@ -146,8 +148,8 @@ class SeriesBuffer:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its calls."""
-        return self.count * self.call_nbytes
+        """Bytes of its calls, and of weights that are new with them."""
+        return self.count * self.call_nbytes + self._new_nbytes
 
     @property
     def inputs(self) -> Tensor:

@@ -464,9 +464,10 @@ def test_a_series_has_room_for_as_many_calls_as_were_alike(patient, monkeypatch)
     assert capacities == [4, 8, 16, 32, 64, 128, 256, 256]
 
 
+@pytest.mark.parametrize("trains", [False, True])
 @pytest.mark.parametrize("steps", [7, 20, 33])
-def test_each_sequence_of_a_decoder_is_one_series(steps, patient, monkeypatch) -> None:
-    """Once the first sequences have shown how long they are."""
+def test_each_sequence_of_a_decoder_is_one_series(steps, trains, patient, monkeypatch) -> None:
+    """Once the first sequences have shown how long they are; also if each has new weights."""
     counts: list[int] = []
     end = series_buffer.Streak.end
 
@@ -483,6 +484,27 @@ def test_each_sequence_of_a_decoder_is_one_series(steps, patient, monkeypatch) -
             state = encoder(torch.randn(5, 2, 3))[1][0]
             if sequence == 6:
                 counts.clear()
+            if trains:
+                with torch.no_grad():
+                    cell.weight_hh.mul_(0.99)
             for _ in range(steps):
                 state = cell(torch.randn(2, 3), state)
     assert counts == [steps] * 6
+
+
+def test_new_weights_of_a_series_count_as_bytes_that_wait(patient) -> None:
+    cell = nn.GRUCell(3, 40)
+    with torch.no_grad(), grutrace.trace(cell, gates="deferred") as trace:
+        journal_of_trace = trace._recorder.journal
+        sizes = []
+        for _ in range(3):
+            before = journal_of_trace.nbytes
+            cell.weight_hh.mul_(0.99)
+            for _ in range(4):
+                cell(torch.randn(2, 3))
+            sizes.append(journal_of_trace.nbytes - before)
+        assert isinstance(journal_of_trace._entries[-1], SeriesGroup)
+        weights = sum(weight.nbytes for weight in cell.parameters())
+        assert all(size >= weights for size in sizes)
+        trace.flush()
+        assert journal_of_trace.nbytes == 0
