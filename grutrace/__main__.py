@@ -10,7 +10,10 @@ from grutrace.native.library import version_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command of `grutrace.cli`. Only ``--version`` works without the extra `cli`.
+    """Run a command of `grutrace.cli`.
+
+    Only ``--version`` and ``--help`` work without the extra `cli`; the help then says what to
+    install.
 
     Args:
         argv: Arguments of the command; those of the process by default.
@@ -29,8 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         library = (error.name or "").partition(".")[0]
         message = missing_library_message("the command line", library, "cli")
-        print(f"grutrace: {message} (the extra 'cli' of grutrace)", file=sys.stderr)
-        return 2
+        is_help = arguments == ["--help"]
+        output = sys.stdout if is_help else sys.stderr
+        print(f"grutrace: {message} (the extra 'cli' of grutrace)", file=output)
+        return 0 if is_help else 2
     return cli.main(arguments)
 
 

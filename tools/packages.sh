@@ -79,7 +79,8 @@ try() {
         grep -q "^grutrace $version (compiled: " version
         # "none" is the name of no library at all.
         if grep -q "compiled: none" version; then [ "$has_library" = no ]; else [ "$has_library" = yes ]; fi
-        if "$environment/bin/grutrace" --help 2>help; then exit 1; fi
+        "$environment/bin/grutrace" --help >help
+        if "$environment/bin/grutrace" info run.h5 2>error; then exit 1; fi
         grep -q '(the extra .cli. of grutrace)' help
         rm -f run.h5
         "$environment/bin/python" -W error -c '
