@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import logging
 from typing import Annotated
 
 import typer
@@ -30,8 +32,12 @@ def view(
 
     The page is for this machine only, and needs the token in its address.
     """
+    # A page that is closed while a picture is on its way is no problem to tell of.
+    logging.getLogger("bokeh.server.views.ws").setLevel(logging.ERROR)
     with warnings_as_lines():
         live = show(paths, port=port, browser=browser)
+    # bokeh collects garbage when a page is closed, while another may be waiting.
+    gc.freeze()
     with live:
         echo(f"grutrace view: {live.url}")
         echo("Ctrl-C ends it. People with this address on this machine can see the traces.")

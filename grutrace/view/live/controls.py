@@ -10,6 +10,9 @@ from grutrace.view.live.engine.window import STATISTICS
 #: Most sites in the list: a page with a million would not open.
 MAX_SITES = 200
 
+#: Widgets that do not fit in a row go on in the next.
+_WRAP = {"flex-wrap": "wrap", "row-gap": "2px"}
+
 
 def text(
     size: str = "13px", colour: str = "#444444", name: str = "", **options: object
@@ -76,18 +79,14 @@ class Controls:
         #: The query string of what is shown; a script of the page puts it into the address.
         self.link = models.Div(text="", visible=False, name="link", render_as_text=True)
 
-    def layout(
-        self, pictures: list[models.LayoutDOM], below: list[models.LayoutDOM]
-    ) -> models.LayoutDOM:
-        """Return the layout of the page.
+    def layout(self, pictures: list[models.LayoutDOM]) -> models.LayoutDOM:
+        """Return the layout of the page, up to the pictures. `complete` adds the rest.
 
         Args:
             pictures: The pictures, below the status.
-            below: What is below the widgets for stretches.
         """
         several = len(self.run.options) > 1
         self.run.visible = self.beside.visible = several
-        wrap = {"flex-wrap": "wrap", "row-gap": "2px"}
         choice = layouts.row(
             [
                 *(self.run, self.beside, self.site_filter, self.site, self.quantity),
@@ -95,15 +94,31 @@ class Controls:
                 *(self.whole, self.follow, self.report),
             ],
             sizing_mode="stretch_width",
-            styles=wrap,
+            styles=_WRAP,
         )
+        # A column of its own: frames of figures in one column are aligned.
+        self._pictures = layouts.column(pictures, sizing_mode="stretch_width")
+        self._page = layouts.column(
+            [choice, self.problem, self.status, self._pictures, self.link],
+            sizing_mode="stretch_width",
+            styles={"padding": "8px 12px"},
+        )
+        return self._page
+
+    def complete(self, pictures: list[models.LayoutDOM], below: list[models.LayoutDOM]) -> None:
+        """Add the rest of the page, which would delay the first picture by a tenth of a second.
+
+        Args:
+            pictures: More pictures, which can be hidden.
+            below: What is below the widgets for stretches.
+        """
         stretch = layouts.row(
             [
                 *(self.mark, self.threshold, self.above, self.before, self.after),
                 *(self.units, self.least, self.find),
             ],
             sizing_mode="stretch_width",
-            styles=wrap,
+            styles=_WRAP,
         )
         heading = models.Div(
             text="Stretches",
@@ -112,21 +127,9 @@ class Controls:
                 "margin-top": "6px",
             },
         )
-        return layouts.column(
-            [
-                choice,
-                self.problem,
-                self.status,
-                # A column of its own: frames of figures in one column are aligned.
-                layouts.column(pictures, sizing_mode="stretch_width"),
-                self.pointer,
-                heading,
-                stretch,
-                self.found,
-                self.progress,
-                layouts.column(below, sizing_mode="stretch_width"),
-                self.link,
-            ],
-            sizing_mode="stretch_width",
-            styles={"padding": "8px 12px"},
-        )
+        self._pictures.children = [*self._pictures.children, *pictures]
+        self._page.children = [
+            *self._page.children,
+            *(self.pointer, heading, stretch, self.found, self.progress),
+            layouts.column(below, sizing_mode="stretch_width"),
+        ]

@@ -23,14 +23,15 @@ from grutrace.view.live.stretch_panel import StretchPanel
 from grutrace.view.live.token_strip import MIN_STEP, TokenStrip
 from grutrace.view.live.unit_lines import UnitLines
 
-#: Seconds of reading before a picture is shown, and of each slice of work in the background.
-FIRST_PICTURE, SLICE = 0.04, 0.03
+#: Seconds of reading before a picture is shown, and of each slice of work in the background. A
+#: request that arrives during a slice waits for its end.
+FIRST_PICTURE, SLICE = 0.02, 0.015
 
 #: Milliseconds between slices of work, and between looks for what a writer has committed.
 TICK, FOLLOW_TICK = 50, 250
 
-#: Milliseconds in which changes are one: bokeh sends the two ends of a range one after the other.
-TOGETHER = 8
+#: Milliseconds in which changes are one: a zoom into a box changes both ranges.
+TOGETHER = 2
 
 #: Share of the time that background work of all pages may take.
 BACKGROUND = 0.5
@@ -55,15 +56,15 @@ if (now - (window.grutrace_sent ?? 0) > 60) {
 
 
 class Page:
-    """An open page.
+    """A page, which can be made before a browser asks for it. `start` opens it.
 
     Args:
-        document: The document of bokeh, empty.
         runs: The runs.
     """
 
-    def __init__(self, document: Document, runs: Runs) -> None:
-        self._document, self._runs = document, runs
+    def __init__(self, runs: Runs) -> None:
+        self._runs = runs
+        self._document = Document()
         self._widgets = Controls(runs.names)
         self._x_range = models.Range1d(0, 1, min_interval=3)
         self._y_range = models.Range1d(0, 1, min_interval=1)
@@ -78,27 +79,32 @@ class Page:
         self._pointer = models.ColumnDataSource({"x": [], "y": []})
         self._view: SiteView | None = None
         self._beside: SiteView | None = None
-        self._scheduled = False
+        self._scheduled = self._is_complete = False
         self._drawn = 0.0
         self._snapshot: object = None
 
     # Setting up
 
-    def start(self) -> None:
-        """Fill the document, and show what its address says."""
-        widgets, document = self._widgets, self._document
+    def start(self, document: Document) -> None:
+        """Fill an empty document of bokeh, and show what its address says."""
+        self._document, widgets = document, self._widgets
         document.title = f"grutrace: {', '.join(self._runs.names)}"[:80]
         pictures = [picture.figure for picture in self._pictures]
-        layout = widgets.layout(
-            [*pictures, self._strip.figure, self._lines.figure], [self._stretches.matches.figure]
-        )
+        layout = widgets.layout([*pictures, self._strip.figure])
         self._listen()
         link, problems = parse_link(_arguments(document))
         self._listeners.say(problems)
         self._open(link)
         document.add_root(layout)
+        document.on_event(events.DocumentReady, lambda _: self.complete())
         document.add_periodic_callback(self._tick, TICK)
         document.add_periodic_callback(self._look, FOLLOW_TICK)
+
+    def complete(self) -> None:
+        """Add what is below the picture, when the browser has painted it."""
+        if not self._is_complete:
+            self._is_complete = True
+            self._widgets.complete([self._lines.figure], [self._stretches.matches.figure])
 
     def _listen(self) -> None:
         widgets = self._widgets

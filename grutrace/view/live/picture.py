@@ -36,8 +36,9 @@ UNKNOWN_WIDTH = 1000
 #: Most boundaries between sequences that are drawn.
 MAX_BOUNDARIES = 60
 
-#: Pixels of a tick with its text.
-TICK_WIDTH = 90
+#: Pixels of a tick with its text, and below the frame of a figure. Without a least height there the
+#: frame grows while no tick is in view, and every moved window would be laid out and read twice.
+TICK_WIDTH, BELOW = 90, 34
 
 
 class Picture:
@@ -70,6 +71,7 @@ class Picture:
             toolbar_location="right",
             output_backend="canvas",
             min_border_left=64,
+            min_border_bottom=BELOW,
             name=name,
         )
         self.figure.toolbar.logo = None

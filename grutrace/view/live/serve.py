@@ -89,17 +89,13 @@ def view(
         True
     """
     with require_extra("view", "view"):
-        from bokeh.document import Document
-
         from grutrace.view.live.engine.runs import find_runs
-        from grutrace.view.live.page import Page
+        from grutrace.view.live.prepared_pages import PreparedPages
         from grutrace.view.live.server import LiveServer
 
     runs = find_runs(path)
     try:
-        # What bokeh prepares for its first page is ready before the browser asks.
-        Page(Document(), runs).start()
-        server = LiveServer(lambda document: Page(document, runs).start(), runs, port)
+        server = LiveServer(PreparedPages(runs).open, runs, port)
     except BaseException:
         runs.close()
         raise

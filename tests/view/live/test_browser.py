@@ -146,6 +146,41 @@ def test_zooming_reads_the_window(browser: Any, brackets: tuple[Path, list[list[
         shown.close()
 
 
+def test_a_moved_window_is_read_and_sent_once(browser: Any, tmp_path: Path) -> None:
+    """Also while no tick is in view: the frame of the picture keeps its size."""
+    path = tmp_path / "long.h5"
+    layer = nn.GRU(2, 8)
+    with torch.no_grad(), grutrace.trace(layer, path):
+        for _ in range(8):
+            layer(torch.randn(200, 5, 2))
+    with view(path, browser=False) as live:
+        shown = LivePage(browser, live.url + "?site=l0&quantity=hidden")
+        shown.page.evaluate(
+            """(() => {
+              window.pictures = []
+              const figure = Bokeh.documents[0].get_model_by_name('picture')
+              const source = figure.renderers[0].data_source
+              source.properties.data.change.connect(() => window.pictures.push(source.data.x[0]))
+              window.sizes = []
+              figure.properties.inner_height.change.connect(() => sizes.push(figure.inner_height))
+            })()"""
+        )
+        # No tick of the whole file, or of the window before, is within the next.
+        for start in (1010, 4050, 2210):
+            shown.page.evaluate(
+                """(start) => {
+                  const range = Bokeh.documents[0].get_model_by_name('picture').x_range
+                  range.setv({start, end: start + 40})
+                }""",
+                start,
+            )
+            shown.wait(f"window.pictures.includes({start})")
+            shown.settle()
+        assert shown.page.evaluate("window.pictures") == [1010, 4050, 2210]
+        assert shown.page.evaluate("window.sizes") == []
+        shown.close()
+
+
 def test_texts_of_a_trace_are_never_markup(browser: Any, tmp_path: Path) -> None:
     model = nn.ModuleDict({MARKUP.replace(".", "") + "$$x$$": nn.GRU(2, 3)})
     layer = next(iter(model.values()))

@@ -38,8 +38,9 @@ class ShownPage:
         request = SimpleNamespace(arguments=arguments)
         context = SimpleNamespace(session=session, request=request)
         self.document._session_context = lambda: context  # type: ignore[assignment]
-        self.page = Page(self.document, runs)
-        self.page.start()
+        self.page = Page(runs)
+        self.page.start(self.document)
+        self.page.complete()
 
     def __getitem__(self, name: str) -> Any:
         return self.document.get_model_by_name(name)

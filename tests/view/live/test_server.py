@@ -18,13 +18,17 @@ pytest.importorskip("bokeh", reason="needs the extra view")
 
 import socket
 
+from bokeh.document import Document
 from tornado.httpclient import HTTPRequest
 from tornado.iostream import IOStream
 from tornado.websocket import websocket_connect
 
 import grutrace
 from grutrace.errors import OptionError, StateError, TraceFileError
-from grutrace.view.live import run_report
+from grutrace.view.live import prepared_pages, run_report
+from grutrace.view.live.engine.runs import Runs, find_runs
+from grutrace.view.live.page import Page
+from grutrace.view.live.prepared_pages import PreparedPages
 from grutrace.view.live.serve import LiveView, view
 from tests.view.live.planted import record_brackets
 
@@ -328,3 +332,36 @@ def test_a_view_that_closes_ends_its_report(trace_file: Path, monkeypatch) -> No
 def get_refused(live: LiveView, path: str) -> None:
     with contextlib.suppress(OSError, http.client.HTTPException):
         get(live, path)
+
+
+def test_each_page_has_widgets_of_its_own_made_before_it_is_asked_for(trace_file: Path) -> None:
+    runs = find_runs(trace_file)
+    made: list[Page] = []
+
+    class CountedPage(Page):
+        def __init__(self, runs: Runs) -> None:
+            super().__init__(runs)
+            made.append(self)
+
+    async def open_pages() -> None:
+        pages = PreparedPages(runs)
+        assert len(made) == 2
+        documents = [Document(), Document(), Document()]
+        pages.open(documents[0])
+        # The one in reserve.
+        assert len(made) == 2
+        pages.open(documents[1])
+        assert len(made) == 3
+        await asyncio.sleep(0.1)
+        assert len(made) == 4
+        pages.open(documents[2])
+        assert len(made) == 4
+        pictures = [document.get_model_by_name("picture") for document in documents]
+        assert len(set(pictures)) == 3
+        assert all(picture.renderers[0].data_source.data["image"] for picture in pictures)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepared_pages, "Page", CountedPage)
+        patch.setattr(prepared_pages, "LATER", 0.01)
+        asyncio.run(open_pages())
+    runs.close()

@@ -60,6 +60,11 @@ class StepAxis:
         first = int(np.searchsorted(self.bounds, start, side="right")) - 1
         return first, int(np.searchsorted(self.bounds, stop, side="left"))
 
+    def places_between_all(self, starts: Integers, stops: Integers) -> tuple[Integers, Integers]:
+        """Return `places_between` for many ranges, none of them empty."""
+        firsts = np.searchsorted(self.bounds, starts, side="right") - 1
+        return firsts, np.searchsorted(self.bounds, stops, side="left")
+
     def locate(self, position: int) -> tuple[int, int]:
         """Return the sequence of a position, and the step within that sequence."""
         place = int(np.searchsorted(self.bounds, position, side="right")) - 1

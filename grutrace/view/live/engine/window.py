@@ -106,11 +106,13 @@ class Window:
     @property
     def sequences_read(self) -> int:
         """Number of sequences of which at least one step is read."""
-        touched = np.zeros(len(self._axis.sequences), bool)
-        for block in self._blocks[: self._next].tolist():
-            first, last = self._axis.places_between(*self._block_bounds(block))
-            touched[first:last] = True
-        return int(touched.sum())
+        starts = self.span.start + self._blocks[: self._next] * self._block_steps
+        stops = np.minimum(starts + self._block_steps, self.span.stop)
+        firsts, lasts = self._axis.places_between_all(starts, stops)
+        begins_less_ends = np.zeros(len(self._axis.sequences) + 1, np.int64)
+        np.add.at(begins_less_ends, firsts, 1)
+        np.add.at(begins_less_ends, lasts, -1)
+        return int(np.count_nonzero(np.cumsum(begins_less_ends)))
 
     @property
     def sequences(self) -> int:
