@@ -163,12 +163,13 @@ class MissingExtraError(GrutraceError, ImportError):
 
 
 @contextmanager
-def require_extra(what: str, extra: str) -> Iterator[None]:
+def require_extra(what: str, extra: str, *packages: str) -> Iterator[None]:
     """Raise a `MissingExtraError` if a library that the block imports is not installed.
 
     Args:
         what: The function or command that needs the library.
         extra: The extra of grutrace that includes the library.
+        packages: Names of the packages of the extra that are needed; all by default.
     """
     try:
         yield
@@ -176,10 +177,10 @@ def require_extra(what: str, extra: str) -> Iterator[None]:
         library = (error.name or "").partition(".")[0]
         if library == "grutrace":
             raise
-        raise MissingExtraError(missing_library_message(what, library, extra)) from None
+        raise MissingExtraError(missing_library_message(what, library, extra, *packages)) from None
 
 
-def missing_library_message(what: str, library: str, extra: str) -> str:
+def missing_library_message(what: str, library: str, extra: str, *packages: str) -> str:
     """Return a message that names a missing library and the pip command that installs the extra.
 
     The command lists the libraries, because it then also works for an installation from a checkout.
@@ -188,9 +189,15 @@ def missing_library_message(what: str, library: str, extra: str) -> str:
         what: The function or command that needs the library.
         library: The import name of the library.
         extra: The extra of grutrace that includes the library.
+        packages: Names of the packages of the extra that are needed; all by default.
     """
-    packages = " ".join(f'"{requirement}"' for requirement in extra_requirements(extra)) or library
-    return f"{what} needs {library}, which is not installed: pip install {packages}"
+    needed = [
+        requirement
+        for requirement in extra_requirements(extra)
+        if not packages or re.split(r"[^\w.-]", requirement)[0] in packages
+    ]
+    command = " ".join(f'"{requirement}"' for requirement in needed or packages or [library])
+    return f"{what} needs {library}, which is not installed: pip install {command}"
 
 
 def extra_requirements(extra: str) -> list[str]:

@@ -6,7 +6,9 @@ Importing this module imports transformers.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +19,8 @@ from grutrace.statistics.histogram import BINS
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-with require_extra("GateCallback", "integrations"):
-    from transformers import TrainerCallback
+with require_extra("GateCallback", "integrations", "transformers", "accelerate"):
+    from transformers import Trainer, TrainerCallback
 
 
 class GateCallback(TrainerCallback):  # type: ignore[misc]
@@ -29,11 +31,13 @@ class GateCallback(TrainerCallback):  # type: ignore[misc]
     An evaluation is logged once, when it ends. The step is the trainer's ``global_step``, which
     continues after a checkpoint. An evaluation outside of `Trainer.train` is not recorded.
 
-    The Trainer does not tell a callback of an exception. So train within the callback's ``with``
-    block: it closes the trace and the logs then, too. ::
+    The trace and the logs are closed when training ends, also by an exception. The Trainer does not
+    tell a callback of exceptions, so a callback that is passed to its constructor wraps its method
+    `train`. A callback that is added later, by `Trainer.add_callback`, does not: train within its
+    ``with`` block, which closes everything. ::
 
-        with GateCallback(TensorBoardLog("runs")) as gates:
-            Trainer(model, arguments, train_dataset=data, callbacks=[gates]).train()
+        gates = GateCallback(TensorBoardLog("runs"))
+        Trainer(model, arguments, train_dataset=data, callbacks=[gates]).train()
 
     Args:
         log: A `Log`, or several.
@@ -67,6 +71,12 @@ class GateCallback(TrainerCallback):  # type: ignore[misc]
         self._every, self._log_every, self._all_ranks = every, log_every, all_ranks
         self._gates: GateLogger | None = None
         self._evaluates = False
+
+    def on_init_end(self, _args: Any, _state: Any, _control: Any, **_named: Any) -> None:
+        """Close after an exception of the trainer's `train`, too."""
+        trainer = _calling_trainer()
+        if trainer is not None:
+            trainer.train = partial(_train, trainer.train, self)
 
     def on_train_begin(self, _args: Any, _state: Any, _control: Any, **named: Any) -> None:
         """Open the trace."""
@@ -150,3 +160,23 @@ class GateCallback(TrainerCallback):  # type: ignore[misc]
         traceback: TracebackType | None,
     ) -> None:
         self.close(error)
+
+
+def _train(train: Callable[..., Any], callback: GateCallback, *args: Any, **named: Any) -> Any:
+    """Train, and close a callback after an exception."""
+    try:
+        return train(*args, **named)
+    except BaseException as error:
+        callback.close(error)
+        raise
+
+
+def _calling_trainer() -> Trainer | None:
+    """Return the trainer that calls a callback; None if it is not found."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        frame = frame.f_back
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, Trainer):
+            return caller
+    return None

@@ -16,7 +16,7 @@ from grutrace.integrations.tensorboard import TensorBoardLog
 from grutrace.integrations.wandb import WandbLog
 from grutrace.statistics.histogram import BINS
 
-with require_extra("GateCallback", "integrations"):
+with require_extra("GateCallback", "integrations", "lightning"):
     from lightning.pytorch import Callback
 
 

@@ -28,7 +28,7 @@ class MLflowLog:
     """
 
     def __init__(self, run_id: str | None = None, client: Any = None) -> None:
-        with require_extra("MLflowLog", "integrations"):
+        with require_extra("MLflowLog", "integrations", "mlflow"):
             import mlflow
         self._mlflow, self._run_id, self._client = mlflow, run_id, client
         self._files: set[str] = set()

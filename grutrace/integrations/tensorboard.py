@@ -25,7 +25,7 @@ class TensorBoardLog:
         self._folder = None
         if isinstance(writer, (str, os.PathLike)):
             self._folder, writer = as_path(writer), None
-            with require_extra("TensorBoardLog", "integrations"):
+            with require_extra("TensorBoardLog", "integrations", "tensorboard"):
                 import tensorboard  # noqa: F401
         elif isinstance(writer, type) or not hasattr(writer, "add_histogram_raw"):
             raise OptionError(

@@ -28,7 +28,7 @@ class WandbLog:
     """
 
     def __init__(self, run: Any = None, *, pass_step: bool = False) -> None:
-        with require_extra("WandbLog", "integrations"):
+        with require_extra("WandbLog", "integrations", "wandb"):
             import wandb
         if run is not None and not (hasattr(run, "log") and hasattr(run, "define_metric")):
             raise OptionError(f"run: expected what wandb.init() returns; found {short_repr(run)}")

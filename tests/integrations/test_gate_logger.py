@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -285,20 +286,29 @@ def test_a_log_that_fails_ends_the_batch_but_closes_everything(model: Tagger) ->
 )
 def test_a_library_that_is_not_installed(library: str, make, said: str, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, library, None)
-    with pytest.raises(MissingExtraError, match=rf"{said}, which is not installed: pip install"):
+    with pytest.raises(MissingExtraError, match=rf"{said}, which is not installed: pip") as caught:
         make()
+    assert packages_of(caught.value) == [library]
 
 
 @pytest.mark.parametrize(
-    ("module", "library"), [("lightning", "lightning"), ("huggingface", "transformers")]
+    ("module", "packages"),
+    [("lightning", ["lightning"]), ("huggingface", ["accelerate", "transformers"])],
 )
-def test_a_trainer_that_is_not_installed(module: str, library: str, monkeypatch) -> None:
+def test_a_trainer_that_is_not_installed(module: str, packages: list[str], monkeypatch) -> None:
+    library = packages[-1]
     for name in [name for name in sys.modules if name.partition(".")[0] == library]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, library, None)
     monkeypatch.delitem(sys.modules, f"grutrace.integrations.{module}", raising=False)
-    with pytest.raises(MissingExtraError, match=f"GateCallback needs {library}, which is not"):
+    with pytest.raises(MissingExtraError, match=f"GateCallback needs {library}, which") as caught:
         __import__(f"grutrace.integrations.{module}")
+    assert packages_of(caught.value) == packages
+
+
+def packages_of(error: MissingExtraError) -> list[str]:
+    """The packages that a message asks for: what is needed, and no other logger or trainer."""
+    return sorted(re.split(r"[<>=]", name)[0] for name in re.findall(r'"([^"]+)"', str(error)))
 
 
 def test_a_writer_of_another_type() -> None:

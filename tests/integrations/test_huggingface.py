@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -119,12 +122,20 @@ def test_the_result_of_the_training_is_the_same(tmp_path: Path) -> None:
     assert all(torch.equal(one, other) for one, other in zip(plain, traced, strict=True))
 
 
-def test_an_exception_closes_and_keeps(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["constructor", "two callbacks", "with"])
+def test_an_exception_closes_and_keeps(tmp_path: Path, how: str) -> None:
     log, model = KeptLog(), Failing(fails_at=5)
-    callback = GateCallback(log, tmp_path / "run.h5", log_every=3)
-    fitted = trainer(tmp_path, model, callback)
-    with pytest.raises(RuntimeError, match="training failed"), callback:
+    callback, other = GateCallback(log, tmp_path / "run.h5", log_every=3), GateCallback(KeptLog())
+    fitted = trainer(tmp_path, model, callback if how == "constructor" else None)
+    if how == "two callbacks":
+        arguments = {"train_dataset": data(24), "callbacks": [callback, other]}
+        fitted = Trainer(model, fitted.args, **arguments)
+    elif how == "with":
+        fitted.add_callback(callback)
+    block = callback if how == "with" else nullcontext()
+    with pytest.raises(RuntimeError, match="training failed"), block:
         fitted.train()
+    assert own_leaks() == []
     assert log.steps("train") == [3, 4]
     assert count(log, "train") == [360, 240]
     assert log.closed == 1
@@ -133,12 +144,48 @@ def test_an_exception_closes_and_keeps(tmp_path: Path) -> None:
         assert len(trace.calls) == 5
 
 
-def test_a_training_after_one_that_failed_closes_the_first(tmp_path: Path) -> None:
-    """Without the `with` block."""
+@pytest.mark.parametrize("where", ["data", "evaluation", "interrupt", "optimizer"])
+def test_an_exception_anywhere_in_the_training_closes(tmp_path: Path, where: str) -> None:
+    log, model = KeptLog(), Failing()
+    fitted = trainer(tmp_path, model, GateCallback(log, log_every=100), eval_strategy="epoch")
+
+    def fail(*_arguments: Any, **_named: Any) -> Any:
+        raise KeyboardInterrupt if where == "interrupt" else RuntimeError("training failed")
+
+    if where == "data":
+        fitted.train_dataset[20] = None  # type: ignore[index]
+    elif where == "evaluation":
+        fitted.evaluate = fail
+    else:
+        fitted.create_optimizer()
+        fitted.optimizer.register_step_post_hook(fail)
+    with pytest.raises(BaseException):  # noqa: B017, PT011
+        fitted.train()
+    assert log.closed == 1
+    assert own_leaks() == []
+
+
+def test_a_trainer_is_freed_and_trains_again(tmp_path: Path) -> None:
+    log = KeptLog()
+    fitted = trainer(tmp_path, Failing(), GateCallback(log))
+    fitted.train()
+    assert log.closed == 1
+    log.closed = 0
+    fitted.train()
+    assert (log.closed, sum(count(log, "train"))) == (1, 2 * 12 * 120)
+    is_alive = weakref.ref(fitted)
+    del fitted
+    gc.collect()
+    assert is_alive() is None
+
+
+def test_a_callback_that_was_added_later_needs_with(tmp_path: Path) -> None:
     log, model = KeptLog(), Failing(fails_at=5)
     callback = GateCallback(log)
+    fitted = trainer(tmp_path, model, None)
+    fitted.add_callback(callback)
     with pytest.raises(RuntimeError, match="training failed"):
-        trainer(tmp_path, model, callback).train()
+        fitted.train()
     assert not log.closed
     callback.close()
     assert count(log, "train") == [600]

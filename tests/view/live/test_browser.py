@@ -176,7 +176,9 @@ def test_a_moved_window_is_read_and_sent_once(browser: Any, tmp_path: Path) -> N
             )
             shown.wait(f"window.pictures.includes({start})")
             shown.settle()
-        assert shown.page.evaluate("window.pictures") == [1010, 4050, 2210]
+        # Pictures of the whole file, at 0, may still have been on their way.
+        moved = shown.page.evaluate("window.pictures.filter((x) => x != 0)")
+        assert moved == [1010, 4050, 2210]
         assert shown.page.evaluate("window.sizes") == []
         shown.close()
 
