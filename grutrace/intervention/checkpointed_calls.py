@@ -135,7 +135,7 @@ class CheckpointedCalls:
             each.recompute_fn.refusals[self._has_ended] = refuse
 
     def _own(self, checkpoints: list[Any]) -> list[Any]:
-        return [each for each in checkpoints if each not in self._around]
+        return [each for each in checkpoints if each not in self._around] if checkpoints else []
 
 
 class _GuardedRecompute:

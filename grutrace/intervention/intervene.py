@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+_NO_COLUMNS = np.empty(0, np.int64)
+
+
 class ModuleIntervention:
     """The settings of one module, in one block.
 
@@ -68,7 +71,7 @@ class ModuleIntervention:
         interventions = [each for each in active if isinstance(each, ModuleIntervention)]
         # Sorting takes as long as a small step.
         counts = any([intervention._counts for intervention in interventions])
-        columns = np.argsort(call.layout.columns) if counts else np.empty(0, np.int64)
+        columns = np.argsort(call.layout.columns) if counts else _NO_COLUMNS
         for intervention in interventions:
             intervention.was_called = True
             repeated = intervention._checkpointed.find_repeated(checkpoints)

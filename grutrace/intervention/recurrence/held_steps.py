@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from grutrace.intervention.bound import BoundSetting
 from grutrace.intervention.recurrence.steps import DirectionResult, DirectionRun, StepGates
@@ -32,10 +33,12 @@ class _Held(NamedTuple):
         masks: Of reset, update, candidate and hidden, (H,): -1 where it is held, else 0; None for
             one that is not held.
         values: The values, likewise.
+        addresses: Those of the masks and of the values.
     """
 
     masks: list[Tensor | None]
     values: list[Tensor | None]
+    addresses: tuple[Any, Any]
 
 
 def can_hold(run: DirectionRun) -> bool:
@@ -62,13 +65,13 @@ def run_held_steps(run: DirectionRun) -> DirectionResult:
     """
     library = load()
     assert library is not None
-    order, initial, bound = run.order, run.initial, run.edits.bound
-    size, sizes = initial.shape[-1], list(order.sizes)
+    order, bound = run.order, run.edits.bound
+    (rows, size), sizes = run.initial.shape, order.sizes
     inputs = run.input_product().contiguous()
     output = torch.empty((*run.input.shape[:-1], size))
-    state, product = torch.empty_like(initial), torch.empty(len(initial), 3 * size)
+    product = torch.empty(rows, 3 * size)
     starts = _row_starts(sizes)
-    _begin(state, run, starts)
+    state = _first_state(run, starts)
     if run.start:
         untouched = run.untouched()
         output[untouched] = run.kernel_states[0][untouched]
@@ -81,35 +84,33 @@ def run_held_steps(run: DirectionRun) -> DirectionResult:
     held: dict[tuple[bool, ...], _Held] = {}
     present: tuple[bool, ...] | None = None
     state_rows, product_rows = state, product
-    block.batch = len(state)
+    block.batch = rows
     varies = any(one.setting.steps is not None for one in bound)
     applied = (True,) * len(bound)
     from_zeros = not run.start and _is_large_product_of_zeros(state)
     for time in order.times[run.start :]:
-        if sizes[time] != len(state_rows):
-            state_rows, product_rows = state[: sizes[time]], product[: sizes[time]]
-            block.batch = sizes[time]
+        # Operations of torch take as long as a small step, len() of a tensor included.
+        if sizes[time] != rows:
+            rows = block.batch = sizes[time]
+            state_rows, product_rows = state[:rows], product[:rows]
         if varies:
             applied = tuple([bool(one.rows(time)) for one in bound])
         if applied != present:
             present = applied
             if applied not in held:
                 held[applied] = _held_at(bound, applied, size)
-            _point_to(block, held[applied])
-        # Rows of zeros have the same product.
-        rows = 1 if from_zeros else len(state_rows)
-        if bias is None:
-            torch.mm(state_rows[:rows], weight, out=product_rows[:rows])
-        else:
-            torch.addmm(bias, state_rows[:rows], weight, out=product_rows[:rows])
+            block.masks, block.values = held[applied].addresses
         if from_zeros:
-            product_rows[1:] = product_rows[0]
+            # Only the first step can start from zeros. Rows of zeros have the same product.
             from_zeros = False
+            product_rows[:] = linear(state_rows[:1], weight.t(), bias)
+        elif bias is None:
+            torch.mm(state_rows, weight, out=product_rows)
+        else:
+            torch.addmm(bias, state_rows, weight, out=product_rows)
         previous = state_rows.clone() if run.keep_gates else None
-        row = starts[time]
-        library.held_step(
-            address, input_address + 3 * row * row_bytes, output_address + row * row_bytes
-        )
+        first = starts[time] * row_bytes
+        library.held_step(address, input_address + 3 * first, output_address + first)
         if previous is not None:
             gates[time] = _step_gates(product_rows, previous)
     return DirectionResult(output, state, gates)
@@ -117,7 +118,8 @@ def run_held_steps(run: DirectionRun) -> DirectionResult:
 
 def _is_large_product_of_zeros(state: Tensor) -> bool:
     """Whether all states, (b, H), are 0, and their product takes much longer than that of one."""
-    if len(state) == 1 or state.numel() * state.shape[-1] < MIN_PRODUCT:
+    rows, size = state.shape
+    if rows == 1 or rows * size * size < MIN_PRODUCT:
         return False
     # Read from memory, because operations of torch on single values take as long as the rest.
     first = ctypes.c_float.from_address(state.data_ptr()).value
@@ -133,20 +135,20 @@ def _row_starts(sizes: Sequence[int]) -> list[int]:
     return starts
 
 
-def _begin(state: Tensor, run: DirectionRun, starts: Sequence[int]) -> None:
-    """Fill in the states before the first step that is run.
+def _first_state(run: DirectionRun, starts: Sequence[int]) -> Tensor:
+    """Return the states before the first step that is run, (B, H), in memory of its own.
 
     Sequences that are over have their final states, and those that begin later their initial ones.
     """
-    state.copy_(run.initial)
+    order = run.order
     if not run.start:
-        return
-    order, (output, final) = run.order, run.kernel_states
-    if not order.reverse:
-        state.copy_(final)
+        return run.initial.clone(memory_format=torch.contiguous_format)
+    output, final = run.kernel_states
+    state = (run.initial if order.reverse else final).clone(memory_format=torch.contiguous_format)
     time = order.times[run.start - 1]
     rows = order.sizes[time]
     state[:rows] = output[time] if order.padded else output[starts[time] : starts[time] + rows]
+    return state
 
 
 def _held_at(bound: Sequence[BoundSetting], applied: tuple[bool, ...], size: int) -> _Held:
@@ -180,13 +182,13 @@ def _hold(bound: Sequence[BoundSetting], applied: Sequence[bool], size: int) -> 
         units = list(one.setting.unit_numbers)
         mask[units], own[units] = -1, value.number
         masks[index], values[index] = mask, own
-    return _Held(masks, values)
+    return _Held(masks, values, (_addresses(masks), _addresses(values)))
 
 
-def _point_to(block: HeldStep, held: _Held) -> None:
-    for index, (mask, values) in enumerate(zip(*held, strict=True)):
-        block.masks[index] = None if mask is None else mask.data_ptr()
-        block.values[index] = None if values is None else values.data_ptr()
+def _addresses(tensors: Sequence[Tensor | None]) -> Any:
+    return (ctypes.c_void_p * len(tensors))(
+        *[None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    )
 
 
 def _step_gates(product: Tensor, previous: Tensor) -> StepGates:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import numpy as np
@@ -92,11 +93,15 @@ def test_a_step_from_zeros_multiplies_one_row(
         initial[0, 4, 15] = 1e-30
     rows: list[int] = []
     name = "addmm" if bias else "mm"
-    product = getattr(torch, name)
+    product, one_row = getattr(torch, name), held_steps.linear
 
     def spy(*tensors: Any, out: Any) -> Any:
         rows.append(len(out))
         return product(*tensors, out=out)
+
+    def spy_on_one_row(*tensors: Any) -> Any:
+        rows.append(len(tensors[0]))
+        return one_row(*tensors)
 
     def run() -> Any:
         rows.clear()
@@ -107,6 +112,7 @@ def test_a_step_from_zeros_multiplies_one_row(
     expected = run()
     monkeypatch.setattr(held_steps, "MIN_PRODUCT", 1)
     monkeypatch.setattr(torch, name, spy)
+    monkeypatch.setattr(held_steps, "linear", spy_on_one_row)
     output = run()
     is_short = start == "zeros" and steps is None and instruction_set != "none"
     first = 1 if is_short else 5
@@ -152,7 +158,7 @@ def test_what_the_library_does_not_run(runs: list[str]) -> None:
 
 def test_control_the_settings_of_the_library_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = nn.GRU(4, 8), torch.randn(6, 3, 4)
-    monkeypatch.setattr(held_steps, "_point_to", lambda *_: None)
+    monkeypatch.setattr(held_steps, "_addresses", lambda _: (ctypes.c_void_p * 4)())
     with torch.no_grad():
         expected, _ = layer(x)
         with grutrace.intervene(layer, "l0", update=0.0):
