@@ -36,7 +36,7 @@ from grutrace.torch_internals import DispatchKey, find, require_all
 OPERATIONS = {"gru.input": 2, "gru.data": 3, "gru_cell": 2}
 
 #: The newest PyTorch that passed the tests (tools/matrix.sh). A newer one is used, too.
-NEWEST_TESTED = (2, 13)
+NEWEST_TESTED = (2, 15)
 
 #: How long a removed kernel is kept. A thread waits for the GIL for milliseconds only. Seconds.
 REMOVAL_DELAY_SECONDS = 10.0

@@ -118,7 +118,7 @@ def test_a_kernel_stays_while_threads_may_call_it() -> None:
 def test_a_newer_torch_than_was_tested_is_used_with_one_log_line(monkeypatch, caplog) -> None:
     cell, x = nn.GRUCell(4, 8), torch.randn(2, 4)
     lines = []
-    for version in ("2.13.1+cpu", "2.4.1", "2.14.0.dev20270101", "3.0a0"):
+    for version in ("2.15.1+cpu", "2.4.1", "2.16.0.dev20270101", "3.0a0"):
         monkeypatch.setattr(torch, "__version__", version)
         registration.log_untested_version.cache_clear()
         caplog.clear()
@@ -133,4 +133,4 @@ def test_a_newer_torch_than_was_tested_is_used_with_one_log_line(monkeypatch, ca
         lines.append([message for *_, message in caplog.record_tuples])
     registration.log_untested_version.cache_clear()
     assert [len(each) for each in lines] == [0, 0, 1, 1]
-    assert "torch 3.0a0 is newer than 2.13, the newest" in lines[3][0]
+    assert "torch 3.0a0 is newer than 2.15, the newest" in lines[3][0]
