@@ -96,7 +96,7 @@ class Tracer(Trace):
             continues after a skipped call starts a new sequence in the trace.
         max_calls: Stop recording after this many calls. Calls of all modules count together.
         max_bytes: Stop recording before the trace exceeds this many bytes. Rows, initial states and
-            weights count.
+            weights count, and the labels and values of an intervention.
         dtype: Data type in which rows are stored. One of float16, float32 and float64, also for
             initial states; None keeps the type of each module. Weights keep the module's type.
             (netCDF-C, as in the package netCDF4, cannot read float16; h5py and h5netcdf can.)

@@ -119,7 +119,7 @@ class PreparedIntervention:
         else:
             output, final = outputs[0], finals[0].unsqueeze(0)
         layer = Layer(input, output)
-        return layer, final, self._gates_as_set(number, input, output, gates)
+        return layer, final, self._gates_as_set(number, input, output, gates) if changed else None
 
     def _is_whole(self, number: int, reverse: bool) -> bool:
         """Whether a direction sets something for every sequence from its first step on."""

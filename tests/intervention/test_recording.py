@@ -317,6 +317,38 @@ def test_labels_and_values_are_stored_together_with_the_call(
     assert call.annotations[-1].values == ((0.5,) * 4 if gates == "deferred" else (UPDATE,) * 4)
 
 
+@pytest.mark.parametrize("gates", ["inline", "deferred"])
+def test_max_bytes_counts_what_an_intervention_adds(gates: Any) -> None:
+    layer, x = nn.GRU(3, 5).double(), torch.randn(6, 2, 3, dtype=torch.float64)
+
+    def record(most: int | None, *, is_set: bool, calls: int = 2) -> Any:
+        def update(gate: Tensor, _: Any) -> Tensor:
+            return gate * 0.5 if is_set else gate
+
+        with grutrace.trace(layer, gates=gates, max_bytes=most) as trace:
+            for _ in range(calls):
+                with grutrace.intervene(layer, "l0", update=update):
+                    layer(x)
+        return trace
+
+    def size(*, is_set: bool) -> int:
+        """The number of bytes from which one call is recorded."""
+        low, high = 0, 1 << 20
+        while high - low > 1:
+            middle = (low + high) // 2
+            found = len(record(middle, is_set=is_set, calls=1).calls)
+            low, high = (low, middle) if found else (middle, high)
+        return high
+
+    # 33 bytes of an entry for each label of each sequence, and 8 of each of its values.
+    sequences, steps, units = 2, 6, 5
+    labels = 1 + (units if gates == "deferred" else 0)
+    untouched = size(is_set=False)
+    assert size(is_set=True) - untouched == labels * sequences * (33 + 8 * steps)
+    assert len(record(untouched, is_set=False).calls) == 1
+    assert len(record(None, is_set=True).calls) == 2
+
+
 def test_a_deferred_trace_of_a_call_of_which_nothing_is_set() -> None:
     layer = nn.GRU(3, 5)
     intervention = grutrace.intervene(layer, "l0", update=0.0, steps=slice(8, None))
@@ -352,13 +384,15 @@ def test_statistics_count_the_gates_as_set() -> None:
     assert (statistics["l0"]["update"].mean == 0.5).all()
 
 
-def test_a_function_that_changes_nothing_leaves_no_label() -> None:
+@pytest.mark.parametrize("steps", [None, slice(1, None)])
+def test_a_function_that_changes_nothing_leaves_no_label(steps: Any) -> None:
     layer = nn.GRU(3, 5)
 
     def same(gate: Tensor, _: Any) -> Tensor:
         return gate
 
-    intervention = grutrace.intervene(layer, "l0", update=same, steps=slice(1, None))
+    intervention = grutrace.intervene(layer, "l0", update=same, steps=steps)
     with grutrace.trace(layer) as trace, intervention:
         layer(torch.randn(4, 2, 3))
     assert not trace["l0"].label_names
+    assert all(result.holds for result in verify(trace))

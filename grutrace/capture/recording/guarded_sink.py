@@ -90,7 +90,8 @@ class RecordingLimits:
 
     Args:
         max_calls: Maximum number of calls of all modules together; None for no limit.
-        max_bytes: Maximum number of bytes of rows, initial states and weights; None for no limit.
+        max_bytes: Maximum number of bytes of rows, initial states, weights and the labels of
+            interventions; None for no limit.
 
     Attributes:
         reached: Whether a limit is reached, so that no further call is recorded.

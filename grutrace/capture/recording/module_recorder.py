@@ -54,6 +54,9 @@ from grutrace.records import (
     WeightsRecord,
 )
 
+#: Bytes of a label in a file, without its values and its name.
+ANNOTATION_BYTES = 33
+
 #: Copies a tensor.
 CopyFunction: TypeAlias = Callable[[Tensor], Tensor]
 
@@ -580,7 +583,8 @@ class ModuleRecorder:
         begun = sum(site_rows.initial.size for site_rows in block.sites.values())
         values = rows * (width + sum(inputs.values())) + begun
         announced = sum(self._record_of(version).nbytes for version in self._versions.new_versions)
-        return values * np.dtype(module.dtype).itemsize + announced
+        labels = sum(ANNOTATION_BYTES + 8 * len(each.values) for each in block.annotations)
+        return values * np.dtype(module.dtype).itemsize + announced + labels
 
     def _compute_rows(
         self,
