@@ -80,7 +80,7 @@ def index_readme() -> str:
 library: Any = Extension(
     "grutrace.native.lib.kernels",
     ["grutrace/native/kernels.c"],
-    depends=["grutrace/native/kernels_simd.h", "grutrace/native/kernels_typed.h"],
+    depends=[f"grutrace/native/kernels_{part}.h" for part in ("simd", "typed", "directions")],
     # Without contraction every instruction set gives the same bits.
     extra_compile_args=[
         "-O3",

@@ -121,7 +121,7 @@ ALLOWED = {
     },
     "analysis/descriptive": {"native", "storage/read", "statistics", "analysis/engine"},
     "analysis/memory": {"storage/read", "analysis/engine"},
-    "analysis/dynamics": {"storage/read", "statistics", "analysis/engine"},
+    "analysis/dynamics": {"native", "storage/read", "statistics", "analysis/engine"},
     "analysis/labels": {"storage/read", "statistics", "analysis/engine"},
     "analysis/comparison": {
         *("storage/interfaces", "storage/read", "analysis/engine", "analysis/verification"),

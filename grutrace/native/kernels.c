@@ -111,6 +111,30 @@ typedef struct {
     double *residuals;
 } call_series;
 
+/* Steps of one sequence, along which directions are multiplied by the Jacobian of each step. */
+typedef struct {
+    /* (3, units, units): the recurrent weights of reset, update and candidate. */
+    const double *weights;
+    /* (steps, units): the factors of the identity and of the weights' rows. */
+    const double *keep, *gates[3];
+    /* (units, columns): the directions, orthonormal before and after. Only `count` columns are used; the
+     * others are zero. `columns` is a multiple of DIRECTION_GROUP. */
+    double *directions;
+    /* (count,): the logarithms of their growth are added. */
+    double *logs;
+    /* Memory for 2 * units * columns + DIRECTION_GROUP * units + 2 * columns elements. */
+    double *memory;
+    int64_t steps, units, columns, count;
+    /* Steps until the directions are made orthonormal. `longest` is its largest value, or 0 to leave it as
+     * it is. */
+    int64_t interval, longest;
+    /* Log ratio of the largest to the smallest growth: to aim at, and not to exceed. */
+    double spread, most_spread;
+} direction_steps;
+
+/* Columns that are multiplied together. */
+enum { DIRECTION_GROUP = 8 };
+
 /* The kind of a call's initial states: copied, zeros, or the final states of the previous call. See
  * grutrace.capture.sequences.assignment.InitialState. */
 enum { OWN_STATE = 0, ZERO_STATE = 1, CHAINED_STATE = 2 };
@@ -127,6 +151,7 @@ typedef struct {
                       const count_options *);
     int (*replay)(const replay_block *);
     void (*held_step)(const held_step *, const float *, float *);
+    int (*directions)(direction_steps *);
 } function_table;
 
 #define CONCATENATE_(a, b) a##_##b
@@ -339,3 +364,7 @@ EXPORT int64_t grutrace_replay(const replay_block *block) { return functions->re
 EXPORT void grutrace_held_step(const held_step *step, const float *input, float *output) {
     functions->held_step(step, input, output);
 }
+
+/* Multiply directions by Jacobians. Return 0 if a growth is too small or too large for its square, or not
+ * finite: then the directions and the logarithms are those of some step between. */
+EXPORT int64_t grutrace_directions(direction_steps *steps) { return functions->directions(steps); }

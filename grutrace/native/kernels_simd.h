@@ -304,6 +304,8 @@ static int WITH_ISA(replay)(const replay_block *block) {
 #undef LARGER
 #undef SMALLER
 
+#include "kernels_directions.h"
+
 static const function_table WITH_ISA(table) = {
     WITH_ISA(copy_rows),
     CONCATENATE(states_f32, ISA),
@@ -312,4 +314,5 @@ static const function_table WITH_ISA(table) = {
     CONCATENATE(count_f64, ISA),
     WITH_ISA(replay),
     WITH_ISA(held_step),
+    WITH_ISA(directions),
 };

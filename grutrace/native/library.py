@@ -105,6 +105,27 @@ class HeldStep(ctypes.Structure):
     ]
 
 
+class DirectionSteps(ctypes.Structure):
+    """Steps along which directions are multiplied by Jacobians; `direction_steps` in kernels.c."""
+
+    _fields_ = [
+        ("weights", _address),
+        ("keep", _address),
+        ("gates", ReplayTargets),
+        ("directions", _address),
+        ("logs", _address),
+        ("memory", _address),
+        ("steps", _integer),
+        ("units", _integer),
+        ("columns", _integer),
+        ("count", _integer),
+        ("interval", _integer),
+        ("longest", _integer),
+        ("spread", ctypes.c_double),
+        ("most_spread", ctypes.c_double),
+    ]
+
+
 class CopyPlan(ctypes.Structure):
     """The copies of a call; `copy_plan` in kernels.c."""
 
@@ -149,6 +170,7 @@ class Library:
         count: By NumPy type: counts values unit by unit.
         replay: Computes gates and checks from products in float32; see `ReplayBlock`.
         held_step: Computes a step whose gates are held at some units in float32; see `HeldStep`.
+        directions: Multiplies directions by the Jacobians of steps; see `DirectionSteps`.
         add_call: Copies a call of one step to a `CallSeries`. Keeps the GIL, because releasing it
             takes longer than the work.
     """
@@ -159,6 +181,7 @@ class Library:
     count: dict[str, Callable[..., None]]
     replay: Callable[..., int]
     held_step: Callable[..., None]
+    directions: Callable[..., int]
     add_call: Callable[..., int]
 
 
@@ -216,6 +239,7 @@ def _describe(library: ctypes.CDLL, held: ctypes.PyDLL, wanted: str) -> Library 
         by_type("count", count),
         _function(library.grutrace_replay, [_address], _integer),
         _function(library.grutrace_held_step, [_address, _address, _address]),
+        _function(library.grutrace_directions, [_address], _integer),
         _function(held.grutrace_add_call, [_address, _integer, *[_address] * 5], _integer),
     )
 

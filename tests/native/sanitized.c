@@ -165,6 +165,34 @@ static void run_held(int64_t batch, int64_t units, int held) {
     free(product), free(state), free(input), free(output), free(values), free(masks);
 }
 
+static void run_directions(int64_t steps, int64_t units, int64_t count, int64_t longest) {
+    int64_t columns = (count + DIRECTION_GROUP - 1) / DIRECTION_GROUP * DIRECTION_GROUP;
+    double *weights = filled(3 * units * units, 8, 1), *factors[4];
+    for (int i = 0; i < 4; i++) {
+        factors[i] = filled(steps * units, 8, 1);
+    }
+    double *directions = calloc((size_t)(units * columns), sizeof *directions);
+    for (int64_t i = 0; i < count; i++) {
+        directions[i * columns + i] = 1;
+    }
+    double *logs = calloc((size_t)count, sizeof *logs);
+    double *memory =
+        malloc((size_t)(2 * units * columns + DIRECTION_GROUP * units + 2 * columns) * sizeof *memory);
+    direction_steps block = {weights, factors[0], {factors[1], factors[2], factors[3]}, directions, logs,
+                             memory, steps, units, columns, count, 3, longest, 6, 9};
+    if (!grutrace_directions(&block) || block.interval < 1) {
+        printf("wrong directions\n");
+        exit(1);
+    }
+    factors[0][steps * units - 1] = NAN;
+    if (grutrace_directions(&block)) {
+        printf("a growth that is not finite\n");
+        exit(1);
+    }
+    free(weights), free(directions), free(logs), free(memory);
+    free(factors[0]), free(factors[1]), free(factors[2]), free(factors[3]);
+}
+
 int main(int count, char **arguments) {
     const char *names[] = {"portable", "avx2", "avx512"};
     int64_t sizes[] = {1, 3, 8, 16, 17, 37, 64};
@@ -189,6 +217,7 @@ int main(int count, char **arguments) {
                 run_calls(steps, 2, sizes[i], steps % 3);
                 run_held(steps, sizes[i], 0);
                 run_held(steps, sizes[i], 4);
+                run_directions(steps, sizes[i], 1 + sizes[i] / 3, steps % 3 ? 64 : 0);
                 for (int64_t grouping = 0; grouping < 3; grouping++) {
                     run_replay(steps, 3, sizes[i], grouping);
                 }

@@ -87,6 +87,7 @@ def test_structures_have_the_sizes_of_c(tmp_path) -> None:
         "copy_plan": library.CopyPlan,
         "replay_block": library.ReplayBlock,
         "call_series": library.CallSeries,
+        "direction_steps": library.DirectionSteps,
     }
     prints = "".join(f'printf("%zu\\n", sizeof({name}));' for name in names)
     (tmp_path / "sizes.c").write_text(

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import grutrace
+from grutrace.analysis.dynamics import growth as growth_sums
 from grutrace.analysis.dynamics import lyapunov as module
 from grutrace.analysis.dynamics.jacobian import jacobian
 from grutrace.analysis.dynamics.lyapunov import kaplan_yorke, lyapunov
@@ -16,6 +17,10 @@ from grutrace.errors import NotRecordedError, OptionError
 from tests.analysis import sites
 from tests.analysis.everywhere import ORDER, as_arrays, assert_same, check_everywhere
 from tests.checks import EVERYTHING
+from tests.instruction_sets import INSTRUCTION_SETS
+
+#: With each instruction set of the compiled library, and with NumPy.
+each_set = pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS, indirect=True)
 
 
 def random_layer(units: int, gain: float, seed: int = 0) -> nn.GRU:
@@ -39,6 +44,8 @@ def run(layer: nn.GRU, steps: int, batch: int = 1, initial: float = 0.5) -> grut
     return trace
 
 
+@each_set
+@pytest.mark.usefixtures("instruction_set")
 def test_the_exponents_add_up_to_the_log_determinants() -> None:
     """With changing weights, continued sequences and both directions."""
     trace = sites.in_memory()
@@ -136,7 +143,9 @@ def test_errors_match_independent_steps() -> None:
     assert errors.mean() == pytest.approx(means.std(ddof=1), rel=0.4)
 
 
+@each_set
 @pytest.mark.parametrize("together", [1, 3000, 10**9])
+@pytest.mark.usefixtures("instruction_set")
 def test_sequences_together_or_one_by_one(together, monkeypatch) -> None:
     torch.manual_seed(0)
     layer = nn.GRU(2, 6, dtype=torch.float64)
@@ -148,7 +157,7 @@ def test_sequences_together_or_one_by_one(together, monkeypatch) -> None:
         layer(packed)
     site = trace["l0"]
     expected = lyapunov(site, count=6)
-    monkeypatch.setattr(module, "BATCH_BYTES", together)
+    monkeypatch.setattr(growth_sums, "BATCH_BYTES", together)
     assert_same(lyapunov(site, count=6), expected, ORDER)
     assert_same(lyapunov(as_arrays(site), count=6), expected, ORDER)
     # A tenth of each is not counted, rounded up.
@@ -168,6 +177,8 @@ def test_known_spectra() -> None:
     assert kaplan_yorke(np.array([0.5, -np.inf]), 2) == 1
 
 
+@each_set
+@pytest.mark.usefixtures("instruction_set")
 def test_invalid_input_gives_nan() -> None:
     rows = {name: np.zeros((40, 2)) for name in ("reset", "update", "candidate", "hidden")}
     weights = {"weight_hh": np.zeros((6, 2))}
@@ -222,8 +233,8 @@ def test_short_sequences_give_no_exponents() -> None:
     assert results[3000].horizon == np.inf
 
 
-def count_qrs(monkeypatch, site, **options) -> tuple[module.Lyapunov, int]:
-    """Exponents, and the number of QRs of the batches that they took."""
+def count_intervals(monkeypatch, site, **options) -> tuple[module.Lyapunov, int]:
+    """Exponents, and the number of intervals that NumPy's path took."""
     calls = 0
     qr = np.linalg.qr
 
@@ -237,15 +248,17 @@ def count_qrs(monkeypatch, site, **options) -> tuple[module.Lyapunov, int]:
         return lyapunov(site, **options), calls
 
 
+@each_set
 @pytest.mark.parametrize("gain", [0.5, 6.0])
-def test_the_interval_does_not_matter(gain, monkeypatch) -> None:
+def test_the_interval_does_not_matter(gain, monkeypatch, instruction_set) -> None:
     """A QR at every step, at chosen steps, and after too many."""
     site = run(random_layer(24, gain), 400, batch=3)["l0"]
-    for count in (4, 24):
-        expected, all_steps = count_qrs(monkeypatch, site, count=count, interval=1)
-        found, qrs = count_qrs(monkeypatch, site, count=count)
-        assert all_steps == 400
-        assert qrs < all_steps
+    for count in (1, 4, 17, 24):
+        expected, all_steps = count_intervals(monkeypatch, site, count=count, interval=1)
+        found, qrs = count_intervals(monkeypatch, site, count=count)
+        # The compiled library does both without NumPy's QR.
+        assert all_steps == (400 if instruction_set == "none" else 0)
+        assert qrs < all_steps or instruction_set != "none"
         for name in ("exponents", "errors", "drift"):
             np.testing.assert_allclose(getattr(found, name), getattr(expected, name), atol=1e-10)
     if gain > 1:
@@ -254,15 +267,17 @@ def test_the_interval_does_not_matter(gain, monkeypatch) -> None:
         assert np.abs(lost.exponents - expected.exponents).max() > 1e-9
 
 
+@each_set
+@pytest.mark.usefixtures("instruction_set")
 def test_steps_that_lost_digits_are_repeated(monkeypatch) -> None:
     site = run(random_layer(24, 6.0), 400)["l0"]
     expected = lyapunov(site, count=24, interval=1)
     # It always tries the longest interval.
-    monkeypatch.setattr(module, "SPREAD", np.inf)
+    monkeypatch.setattr(growth_sums, "SPREAD", np.inf)
     found = lyapunov(site, count=24)
     np.testing.assert_allclose(found.exponents, expected.exponents, atol=1e-10)
     # Control: it takes what it gets.
-    monkeypatch.setattr(module, "MAX_SPREAD", np.inf)
+    monkeypatch.setattr(growth_sums, "MAX_SPREAD", np.inf)
     assert np.abs(lyapunov(site, count=24).exponents - expected.exponents).max() > 1e-7
 
 
