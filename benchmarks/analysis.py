@@ -1,4 +1,4 @@
-"""The time and memory of analyses of a file, compared with reading it.
+"""The time and memory of analyses of a file, compared with reading it with h5py alone.
 
 It was written a moment before, so it lies in the operating system's cache: what is compared is
 work, not the disk. Memory is the peak of a process of its own, torch included where it is loaded.
@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from subprocess import PIPE
 
+import h5py
 import numpy as np
 
 import grutrace
@@ -100,23 +101,25 @@ def run_analysis(of: str, site: SiteTrace) -> object:
 
 
 def times_reading(of: str, path: Path) -> Figure:
-    """The time of an analysis over that of reading the rows that it needs, in order."""
+    """The time of an analysis over that of reading the rows that it needs with h5py, in order."""
     step = BLOCK // (long_traces.HIDDEN * np.dtype(np.float32).itemsize)
     # The second trace of a comparison is read, too.
     times = 2 if "against" in get_analysis(of).required else 1
     with grutrace.open(path) as trace:
         (name,) = trace.sites
         site = trace[name]
+        group = f"modules/{name.replace('.', '/')}"
 
         def read() -> None:
-            for quantity in READS[of] * times:
-                rows = site.rows(quantity)
-                for start in range(0, len(rows), step):
-                    rows[start : start + step]
+            with h5py.File(path, "r") as file:
+                for quantity in READS[of] * times:
+                    rows = file[group][quantity]
+                    for start in range(0, len(rows), step):
+                        rows[start : start + step]
 
         result = ratio(read, lambda: run_analysis(of, site), 0.0, pairs=PAIRS, warm_up=1)
     target = Target(TIMES[of]) if of in TIMES else None
-    return measured(f"{of}, over reading", result, target)
+    return measured(f"{of}, over reading with h5py", result, target)
 
 
 def peak(of: str, path: Path) -> Figure:

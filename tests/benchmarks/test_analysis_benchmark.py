@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import h5py
 import pytest
 
 import grutrace
@@ -35,8 +36,26 @@ def test_control_an_analysis_without_its_quantity_says_so(tmp_path: Path) -> Non
 def test_figures_of_an_analysis(tmp_path: Path) -> None:
     path = analysis.trace_of("geometry", tmp_path, 1)
     times, peak = analysis.times_reading("geometry", path), analysis.peak("geometry", path)
-    assert (times.name, times.target) == ("geometry, over reading", analysis.Target(5.0))
+    assert (times.name, times.target) == ("geometry, over reading with h5py", analysis.Target(5.0))
     assert times.value is not None
     assert times.value > 0
     assert peak.value is not None
     assert 10 < peak.value < 2000
+
+
+def test_each_quantity_is_read_with_h5py(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+    get = h5py.Dataset.__getitem__
+
+    def noting(dataset: h5py.Dataset, index: object) -> object:
+        read.append(dataset.name.rsplit("/", 1)[-1])
+        return get(dataset, index)
+
+    path = analysis.trace_of("timescales", tmp_path, 1)
+    # Only the benchmark reads: nothing is analysed.
+    monkeypatch.setattr(analysis, "run_analysis", lambda *_: None)
+    monkeypatch.setattr(h5py.Dataset, "__getitem__", noting)
+    analysis.times_reading("timescales", path)
+    assert {"update", "hidden"} <= set(read)
+    # The control: it does not read what the analysis does not need.
+    assert "reset" not in read
