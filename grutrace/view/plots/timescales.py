@@ -7,6 +7,7 @@ from matplotlib.axes import Axes
 
 from grutrace.analysis.memory.autocorrelation import Autocorrelation
 from grutrace.analysis.memory.timescales import Timescales
+from grutrace.reprs import plural
 from grutrace.view.plots.axes import COLORS, GREY, make_axes, set_title, strip_spines
 
 #: Lags are drawn that have at least this share of the pairs of lag 0.
@@ -52,8 +53,8 @@ def plot_timescales(found: Timescales, ax: Axes | None = None) -> Axes:
         "timescales of the units",
         (
             fit,
-            f"{zero} units with tau 0 are not drawn" if zero else "",
-            f"{endless} units never forget" if endless else "",
+            f"{plural(zero, 'unit')} with tau 0 not drawn" if zero else "",
+            f"{plural(endless, 'unit')} never forgot" if endless else "",
         ),
     )
     return ax

@@ -60,13 +60,15 @@ def find_timescales(file: str, samples: list[SiteSample]) -> Finding:
         known = np.flatnonzero(~np.isnan(found.tau))
         if not len(known):
             continue
-        low, median, high = np.quantile(found.tau[known], [0.1, 0.5, 0.9], method="nearest")
+        quantiles = np.quantile(found.tau[known], [0.1, 0.5, 0.9], method="nearest")
+        low, median, high = (f"{tau:.2g}" if np.isfinite(tau) else "endless" for tau in quantiles)
         longest = known[found.tau[known].argmax()]
+        tau = found.tau[longest]
         finding.state = "clear"
         text = (
             f"{printable(sample.name, 60)}: half of the units keep their state for at least "
-            f"{median:.2g} steps (10 %: {low:.2g}, 90 %: {high:.2g}); unit {found.units[longest]} "
-            f"for {found.tau[longest]:.3g}."
+            f"{median} steps (10 %: {low}, 90 %: {high}); unit {found.units[longest]} "
+            + (f"for {tau:.3g}." if np.isfinite(tau) else "never forgot (z was 1 at every step).")
         )
         if np.isfinite(fit_p):
             fit = "does not fit" if fit_p < LEVEL else "is not rejected"

@@ -80,8 +80,8 @@ def test_units_that_never_forget_and_that_forget_at_once_are_counted() -> None:
     update = np.full((5, 10), 0.5)
     update[:, 0], update[2, 1] = 1.0, 0.0
     ax = plot_timescales(timescales(SiteArrays(update=update)), ax=new_axes())
-    assert "1 units with tau 0 are not drawn" in ax.get_title()
-    assert "1 units never forget" in ax.get_title()
+    assert "1 unit with tau 0 not drawn" in ax.get_title()
+    assert "1 unit never forgot" in ax.get_title()
 
 
 def test_autocorrelation_shows_the_median_and_the_slowest_unit() -> None:

@@ -65,6 +65,17 @@ def test_what_was_not_recorded_is_no_error(tmp_path, record_quantities) -> None:
     page_of(record(layer, [(torch.randn(5, 4, 2), {})], record=record_quantities), tmp_path)
 
 
+@pytest.mark.parametrize(("bias", "said"), [(8.0, r"unit 1 for \d"), (40.0, "unit 1 never forgot")])
+def test_a_unit_that_never_forgets_is_said_in_words(tmp_path, bias: float, said: str) -> None:
+    layer = torch.nn.GRU(2, 3)
+    with torch.no_grad(), grutrace.trace(layer) as trace:
+        layer.bias_ih_l0[3 + 1] = bias
+        layer(torch.randn(60, 4, 2))
+    text = page_of(trace, tmp_path).finding("How long do units remember")[1]
+    assert re.search(said, text)
+    assert " inf" not in text
+
+
 def test_a_chaotic_network_is_said_to_be_and_a_quiet_one_not(tmp_path) -> None:
     torch.manual_seed(0)
     layer = torch.nn.GRU(4, 32).requires_grad_(False)
