@@ -172,7 +172,8 @@ class Picture:
         first, last = view.axis.places_between(span.start, span.stop)
         inner = view.axis.bounds[first + 1 : last]
         shown = inner if len(inner) <= MAX_BOUNDARIES else inner[:0]
-        self._boundaries.data = {"x": shown + self._offset}
+        if len(shown) or len(self._boundaries.data["x"]):
+            self._boundaries.data = {"x": shown + self._offset}
         labels = step_ticks(view.axis, span.start, span.stop, inner_size(self.figure)[0])
         set_ticks(self.figure.xaxis[0], {x + self._offset: text for x, text in labels.items()})
         places = np.unique(np.linspace(span.first, max(span.first, span.last - 1), 9).astype(int))

@@ -89,13 +89,14 @@ class TokenStrip:
         self._y_range.update(start=-height, end=0)
         self.figure.height = FRAME + height
         xs = [position + 0.5 for position in range(start, start + len(tokens))]
-        self._tokens.data = {
-            "x": xs,
+        columns: dict[str, list[object]] = {
+            "x": list(xs),
             "y": [-token_height / 2] * len(xs),
-            "text": tokens,
+            "text": list(tokens),
             "angle": [1.5707963 if upward else 0.0] * len(xs),
             "colour": [""] * len(xs),
         }
+        _set_cells(self._tokens, columns)
         self._show_labels(texts.labels if texts else {}, names, xs, token_height, step_width)
         word = "token" if texts and texts.tokens else "step"
         rows = {-token_height / 2: word if texts else ""}
@@ -124,7 +125,13 @@ class TokenStrip:
                 columns["text"].append(value if len(value) <= room else value[: max(1, room)])
                 columns["colour"].append(label_colour(value))
         columns["angle"] = [0.0] * len(columns["x"])
-        self._labels.data = columns
+        _set_cells(self._labels, columns)
+
+
+def _set_cells(source: models.ColumnDataSource, columns: dict[str, list[object]]) -> None:
+    """Set cells. bokeh would send no cells after no cells again, and the page draw them."""
+    if columns["x"] or len(source.data["x"]):
+        source.data = columns
 
 
 def label_colour(value: str) -> str:
