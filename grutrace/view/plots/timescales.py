@@ -97,7 +97,7 @@ def plot_autocorrelation(found: Autocorrelation, ax: Axes | None = None) -> Axes
         "autocorrelation of the hidden state",
         (
             "dashed: the unit with the largest sum" if len(numbers) else "",
-            f"{left_out} constant units are not drawn" if left_out else "",
+            f"{plural(left_out, 'constant unit')} not drawn" if left_out else "",
         ),
     )
     return ax
