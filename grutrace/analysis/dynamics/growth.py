@@ -113,7 +113,8 @@ class GrowthSums:
         if segment.weights is not self._weights:
             self._weights = segment.weights
             self._recurrent = np.asarray(segment.weights["weight_hh"], np.float64, order="C")
-        data = factors(segment.values, segment.previous, segment.weights)
+        with single_blas_thread():
+            data = factors(segment.values, segment.previous, segment.weights)
         longest = MAX_INTERVAL if self._adaptive else 0
         for start, stop in pairwise(self._bounds([segment])):
             part = Factors(*(np.ascontiguousarray(factor[start:stop]) for factor in data))
