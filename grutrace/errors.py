@@ -196,7 +196,8 @@ def missing_library_message(what: str, library: str, extra: str, *packages: str)
         for requirement in extra_requirements(extra)
         if not packages or re.split(r"[^\w.-]", requirement)[0] in packages
     ]
-    command = " ".join(f'"{requirement}"' for requirement in needed or packages or [library])
+    names = [*packages] or [library]
+    command = " ".join([f'"{requirement}"' for requirement in needed] or names)
     return f"{what} needs {library}, which is not installed: pip install {command}"
 
 

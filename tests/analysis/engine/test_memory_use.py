@@ -13,7 +13,7 @@ import pytest
 
 import grutrace
 from benchmarks import long_traces
-from grutrace.analysis.dynamics import lyapunov
+from grutrace.analysis.dynamics import growth as growth_sums
 from grutrace.analysis.engine import map_reduce, segments
 from grutrace.analysis.memory import age, autocorrelation
 from grutrace.analysis.registry import ANALYSES, get_analysis
@@ -35,7 +35,7 @@ def small_blocks(monkeypatch) -> None:
     modules = {
         "PART_BYTES": (map_reduce,),
         "BLOCK_BYTES": (map_reduce, segments),
-        "BATCH_BYTES": (age, autocorrelation, lyapunov),
+        "BATCH_BYTES": (age, autocorrelation, growth_sums),
     }
     for name, of in modules.items():
         for module in of:
