@@ -22,11 +22,12 @@ ALIKE = 0.1
 def figures(workload: Workload, budget: float, limit: float) -> Iterator[Figure]:
     """Yield the ratios of everything inline in memory, harvested and replayed, and the choice.
 
-    Of single layers under `no_grad`, and the training step, which has a graph.
+    Of single layers under `no_grad`, and the training step, which has a graph. Calls of one step
+    are left out: their gates are kept in the kernel's memory, whatever they cost.
     """
     inline = next(tracing for tracing in TRACINGS if tracing.name == IN_MEMORY)
     layer = workload.model
-    if not isinstance(layer, torch.nn.GRU):
+    if not isinstance(layer, torch.nn.GRU) or workload.kind == "one step":
         return
     results = {}
     for name, pays in (("harvested", True), ("replayed", False)):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import targets
+from benchmarks import choice, targets
 from benchmarks.choice import verdict
 from benchmarks.figures import Figure, Target, measured, not_measured
 from benchmarks.limit import limit, limit_on_disk
@@ -145,6 +145,15 @@ def test_the_limit_on_disk_counts_what_is_written(tmp_path: Path) -> None:
     ) == pytest.approx(1)
     assert limit_on_disk(workload, by_name["statistics only"], 1e-6, tmp_path) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"), [(1, []), (3, ["harvested", "replayed", "the rule takes"])]
+)
+def test_calls_of_one_step_have_no_choice(steps, expected) -> None:
+    workload = single_layer(steps, 2, 3, 4)
+    figures = choice.figures(workload, budget=0, limit=0)
+    assert [figure.name for figure in figures] == expected
 
 
 def test_the_more_expensive_choice_is_bold() -> None:
