@@ -13,7 +13,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
@@ -79,6 +79,7 @@ def test_each_quantity_of_some_units_and_steps(quantity: str) -> None:
 _names = st.sampled_from(SETTABLE)
 
 
+@settings(deadline=None)
 @given(cases(dtypes=(torch.float64,)), st.data())
 def test_the_lattice_against_a_loop(case: Case, data: st.DataObject) -> None:
     layer = case.layer
@@ -188,6 +189,7 @@ def results_and_gradients(case: Case, layer: nn.Module, run: Callable[[], Any]) 
     return [*(v.detach() for v in values), *(p.grad for p in layer.parameters())]
 
 
+@settings(deadline=None)
 @given(cases(), st.data())
 def test_functions_that_change_nothing(case: Case, data: st.DataObject) -> None:
     layer = case.layer
@@ -227,6 +229,7 @@ def test_control_a_function_that_changes_one_value_changes_bits(quantity: str) -
     assert not any(map(torch.equal, found, expected))
 
 
+@settings(deadline=None)
 @given(cases())
 def test_a_setting_of_no_step_leaves_the_layout(case: Case) -> None:
     expected = case.run()

@@ -10,7 +10,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
@@ -109,6 +109,7 @@ def test_control_verify_finds_a_gate_that_does_not_follow_from_those_set(tmp_pat
     assert (damaged.worst.step, damaged.worst.unit) == (3, 2)
 
 
+@settings(deadline=None)
 @given(cases(dtypes=(torch.float64,)), st.data())
 def test_the_lattice(case: Case, data: st.DataObject) -> None:
     layer = case.layer

@@ -35,8 +35,8 @@ _LOCKED = re.compile(r"unable to lock file, errno = (11|35)\b")
 #: HDF5's message for a file that a writer other than grutrace has marked as open.
 _NOT_SWMR = "file is not already open for SWMR writing"
 
-#: HDF5's message for a chunk whose checksum or compressed form is wrong.
-_BAD_CHUNK = "filter returned failure during read"
+#: HDF5's messages for a chunk whose checksum or compressed form is wrong: from 2.0 on, and before.
+_BAD_CHUNK = re.compile("filter returned failure during read|detected by Fletcher32 checksum")
 
 #: HDF5's message for a truncated file.
 _TRUNCATED = re.compile(r"truncated file: eof = (\d+),.* stored_eof = (\d+)")
@@ -140,7 +140,7 @@ def short_message(error: BaseException) -> str:
         )
     if match := _SYSTEM.search(text):
         return match[1]
-    if _BAD_CHUNK in text:
+    if _BAD_CHUNK.search(text):
         return "bytes of a chunk have changed: its checksum, or its compression, does not match"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
