@@ -18,7 +18,7 @@ from grutrace.run.settings import Settings
 HIDE = """
 import importlib, os, pkgutil, signal, sys
 import h5py, numpy, torch, torch.utils.checkpoint, torch._functorch.pyfunctorch
-import concurrent.futures, multiprocessing, subprocess, tempfile, typer.testing
+import concurrent.futures, multiprocessing, shutil, subprocess, tempfile, typer.testing
 
 MODULES = ("fcntl", "grp", "pty", "pwd", "resource", "syslog", "termios", "tty")
 OS = (
@@ -30,6 +30,7 @@ OS = (
 )
 SIGNALS = ("SIGALRM", "SIGHUP", "SIGKILL", "SIGPIPE", "SIGUSR1", "SIGUSR2", "setitimer", "alarm")
 # The standard library may not fall back to what is hidden here.
+shutil._use_fd_functions = False
 tempfile.gettempdir()
 for name in MODULES:
     sys.modules[name] = None
