@@ -115,7 +115,7 @@ def effects(
     quantities: str | Sequence[str] = ("update",),
     units: Numbers | None = None,
     steps: Steps | None = None,
-    to: float | str | Sequence[Held] = (0.0, 1.0, "mean"),
+    to: float | str | Sequence[Held] = (0.0, 1.0, "mean", "resample"),
     batched: int = 1,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,

@@ -253,3 +253,8 @@ def test_a_site_that_is_not_called() -> None:
     x = torch.randn(4, 2, 2)
     with pytest.raises(grutrace.StateError, match=r"unused\.l0"):
         grutrace.effects(model, lambda m: m["used"](x)[1][0], lambda state: state.sum(1))
+
+
+def test_the_default_values() -> None:
+    table = measure(units=[0])
+    assert list(dict.fromkeys(table.value.tolist())) == [0.0, 1.0, "mean", "resample"]
